@@ -1,0 +1,32 @@
+"""Figures for labelled results: arrays and dataframes in, plotly `Figure` out.
+
+Nothing here imports a model, shows a figure or touches plotly's global template. Every figure carries its own layout
+(`style.py`), axis names come from the dimensions of the data, signed effects get a diverging scale centred on zero, and
+cells that were not measured (NaN) are grey.
+"""
+
+from interp.plotting.export import PNG, SavedPNG, find_browser, png_bytes, save_html, save_png
+from interp.plotting.heatmaps import heatmap, heatmaps, layer_head, layer_position
+from interp.plotting.series import bars, lines, strip
+from interp.plotting.style import MAX_CELLS, MAX_POINTS, ROLE_COLOURS, token_labels, visible_token
+
+__all__ = [
+    "MAX_CELLS",
+    "MAX_POINTS",
+    "PNG",
+    "ROLE_COLOURS",
+    "SavedPNG",
+    "bars",
+    "find_browser",
+    "heatmap",
+    "heatmaps",
+    "layer_head",
+    "layer_position",
+    "lines",
+    "png_bytes",
+    "save_html",
+    "save_png",
+    "strip",
+    "token_labels",
+    "visible_token",
+]

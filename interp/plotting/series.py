@@ -1,0 +1,419 @@
+"""Lines, bars and per-example strips, each with its interval."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+import xarray as xr
+
+from interp.plotting.style import (
+    FONT_SIZE,
+    MAX_POINTS,
+    PALETTE,
+    ROLE_COLOURS,
+    apply_layout,
+    axis_style,
+    escape,
+    series_colours,
+    to_numpy,
+)
+
+_MARGIN = {"l": 78, "r": 28, "t": 58, "b": 62}
+
+
+def lines(
+    data: pd.DataFrame | xr.DataArray | xr.Dataset,
+    *,
+    x: str,
+    y: str = "value",
+    group: str | None = None,
+    interval: tuple[str, str] | None = None,
+    title: str,
+    unit: str,
+    x_title: str | None = None,
+    reference: float | None = None,
+    log_x: bool = False,
+    height: int = 400,
+    width: int = 680,
+) -> go.Figure:
+    """One line per group over a numeric column, with a band between the two interval columns.
+
+    Args:
+        data: Long table, or a DataArray or Dataset, which becomes one (a DataArray's values are the column `y`).
+        x, y: Columns of the two axes. NaN in `y` leaves a gap.
+        group: Column that names the lines. A name in `ROLE_COLOURS` gets its colour.
+        interval: Columns that hold the low and the high end, for example of a bootstrap interval.
+        title: The variable that is shown.
+        unit: Title of the y axis: the quantity with its unit.
+        reference: Height of a dashed horizontal line, for example a baseline.
+
+    Raises:
+        KeyError: If a column does not exist.
+        ValueError: If there are no rows or more than `MAX_POINTS`, if the same x occurs twice in a line, or if an
+            interval ends below its start.
+    """
+    frame = _frame(data, y)
+    _check(frame, [x, y, group, *(interval or ())], y, interval)
+    if not pd.api.types.is_numeric_dtype(frame[x]):
+        raise ValueError(f"lines needs numbers on the x axis but the column {x!r} is {frame[x].dtype}; use bars()")
+    figure = go.Figure()
+    for colour, name, part in _groups(frame, group):
+        part = part.sort_values(x)
+        if part[x].duplicated().any():
+            twice = part.loc[part[x].duplicated(), x].iloc[0]
+            raise ValueError(f"line {name!r} has several values at {x}={twice:g}; average them or pass group=")
+        if interval:
+            low, high = (part[column].to_numpy(dtype=float) for column in interval)
+            figure.add_trace(_band(part[x].to_numpy(dtype=float), low, high, colour, name))
+        hover = f"{escape(x)}: %{{x}}<br>%{{y:.4g}}"
+        figure.add_trace(
+            go.Scatter(
+                x=part[x].to_numpy(),
+                y=part[y].to_numpy(dtype=float),
+                mode="lines+markers" if len(part) <= 60 else "lines",
+                line={"color": colour, "width": 2},
+                marker={"size": 5, "color": colour},
+                name=escape(name),
+                legendgroup=name,
+                showlegend=group is not None,
+                customdata=part[list(interval)].to_numpy(dtype=float) if interval else None,
+                hovertemplate=hover + (_INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
+            )
+        )
+    figure.update_xaxes(
+        axis_style(x_title or _title(x), type="log" if log_x else "linear", showgrid=False, zeroline=False)
+    )
+    if log_x:
+        figure.update_xaxes(dtick=1)
+    figure.update_yaxes(axis_style(unit))
+    if not log_x and pd.api.types.is_integer_dtype(frame[x]) and frame[x].nunique() <= 20:
+        figure.update_xaxes(tickmode="array", tickvals=sorted(int(v) for v in frame[x].unique()))
+    return _finish(figure, title, width, height, frame, group, reference)
+
+
+def bars(
+    data: pd.DataFrame | xr.DataArray | xr.Dataset,
+    *,
+    x: str,
+    y: str = "value",
+    group: str | None = None,
+    interval: tuple[str, str] | None = None,
+    title: str,
+    unit: str,
+    x_title: str | None = None,
+    horizontal: bool = False,
+    reference: float | None = None,
+    height: int | None = None,
+    width: int | None = None,
+) -> go.Figure:
+    """Bars over a column of names (in order of appearance), grouped by another, with the interval as error bars.
+
+    Args:
+        horizontal: Names on the y axis, first one at the top; for long names.
+
+    Other arguments and errors as for `lines`; each name occurs once per group.
+    """
+    frame = _frame(data, y)
+    _check(frame, [x, y, group, *(interval or ())], y, interval)
+    names = [str(name) for name in frame[x].unique()]
+    figure = go.Figure()
+    for colour, name, part in _groups(frame, group):
+        if part[x].duplicated().any():
+            twice = part.loc[part[x].duplicated(), x].iloc[0]
+            raise ValueError(f"several bars for {x}={twice!r} in group {name!r}; average them or pass group=")
+        at, value = [escape(str(label)) for label in part[x]], part[y].to_numpy(dtype=float)
+        if group is None:  # one series: only bars that are roles differ in colour
+            colour = [ROLE_COLOURS.get(str(label), colour) for label in part[x]]
+        error = None
+        if interval:
+            low, high = (part[column].to_numpy(dtype=float) for column in interval)
+            error = {"array": high - value, "arrayminus": value - low, "color": "#333333", "thickness": 1.4, "width": 4}
+        number = "%{x:.4g}" if horizontal else "%{y:.4g}"
+        hover = f"%{{{'y' if horizontal else 'x'}}}<br>{number}"
+        figure.add_trace(
+            go.Bar(
+                x=value if horizontal else at,
+                y=at if horizontal else value,
+                orientation="h" if horizontal else "v",
+                marker={"color": colour},
+                error_x=error if horizontal else None,
+                error_y=None if horizontal else error,
+                name=escape(name),
+                showlegend=group is not None,
+                customdata=part[list(interval)].to_numpy(dtype=float) if interval else None,
+                hovertemplate=hover + (_INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
+            )
+        )
+    labels = [escape(label) for label in names]
+    longest = max(len(label) for label in names)
+    count = len(names) * (frame[group].nunique() if group else 1)
+    named = axis_style(
+        x_title or _title(x),
+        type="category",
+        categoryorder="array",
+        categoryarray=labels,
+        showgrid=False,
+        zeroline=False,
+    )
+    if horizontal:
+        figure.update_yaxes(named, autorange="reversed")
+        figure.update_xaxes(axis_style(unit))
+        size, left = (width or 680, height or max(200, 26 * count + 140)), 60 + round(7.2 * longest)
+        margin = _MARGIN | {"l": min(left, 320)}
+    else:
+        size = (width or min(max(420, 46 * count + 160), 1100), height or 400)
+        slanted = 7.2 * longest > (size[0] - 120) / len(names)
+        figure.update_xaxes(named, tickangle=-45 if slanted else 0)
+        figure.update_yaxes(axis_style(unit))
+        margin = _MARGIN | {"b": 62 + (min(round(5.4 * longest), 170) if slanted else 0)}
+    figure.update_layout(barmode="group", bargap=0.25)
+    return _finish(figure, title, *size, frame, group, reference, horizontal=horizontal, margin=margin)
+
+
+def strip(
+    values: Any,
+    *,
+    interval: Any = None,
+    mean: Any = None,
+    title: str,
+    unit: str,
+    labels: Sequence[str] | None = None,
+    group_title: str | None = None,
+    reference: float | None = None,
+    height: int = 400,
+    width: int | None = None,
+) -> go.Figure:
+    """One dot per example in a column per group, with the mean and its interval drawn over them.
+
+    Args:
+        values: `{name: values of the examples}`; or a DataArray with the dimension `example` and at most one other; or
+            an array `[example]`. NaN examples are left out.
+        interval: Low and high end per group: an array `[group, 2]` (or `[2]` for one group), or `{name: (low, high)}`.
+        mean: Centre per group; the mean of the values by default.
+        unit: Title of the y axis: the quantity with its unit.
+        labels: One text per example (for example the prompt), shown when hovering.
+        reference: Height of a dashed horizontal line.
+
+    Raises:
+        ValueError: If the shapes do not fit, a group has no values, or there are more than `MAX_POINTS`.
+    """
+    groups, dim = _strip_groups(values)
+    total = sum(len(v) for v in groups.values())
+    if total > MAX_POINTS:
+        raise ValueError(f"{total} points are more than a figure may hold ({MAX_POINTS}); show a random part of them")
+    ends = _per_group(interval, groups, "interval", 2)
+    centres = _per_group(mean, groups, "mean", 1)
+    figure = go.Figure()
+    colours = series_colours(list(groups))
+    for index, (name, numbers) in enumerate(groups.items()):
+        if np.isnan(numbers).all():
+            raise ValueError(f"group {name!r} has no values: all {len(numbers)} are NaN")
+        if labels is not None and len(labels) != len(numbers):
+            raise ValueError(
+                f"got {len(labels)} labels for {len(numbers)} examples in group {name!r}; give one per example"
+            )
+        which = [int(i) for i in np.flatnonzero(~np.isnan(numbers))]
+        # The golden ratio spreads neighbouring examples evenly, and the same way every time.
+        spread = (np.array(which) * 0.6180339887498949) % 1 - 0.5
+        text = [f"example {i}" + (f"<br>{escape(labels[i])}" if labels is not None else "") for i in which]
+        figure.add_trace(
+            go.Scatter(
+                x=index + 0.5 * spread,
+                y=numbers[which],
+                mode="markers",
+                marker={"size": 6, "color": colours[index], "opacity": 0.55},
+                name=escape(name),
+                text=text,
+                hovertemplate="%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
+                showlegend=False,
+            )
+        )
+    centre = np.array([c[0] for c in centres]) if centres else np.array([np.nanmean(v) for v in groups.values()])
+    error, words = None, "mean %{y:.4g}"
+    bounds = np.array(ends) if ends else None
+    if bounds is not None:
+        if (bounds[:, 0] > bounds[:, 1]).any():
+            raise ValueError(f"an interval ends below its start: {bounds[bounds[:, 0] > bounds[:, 1]][0].tolist()}")
+        error = {
+            "array": bounds[:, 1] - centre,
+            "arrayminus": centre - bounds[:, 0],
+            "color": "#111111",
+            "thickness": 1.8,
+            "width": 7,
+        }
+        words += _INTERVAL_HOVER
+    figure.add_trace(
+        go.Scatter(
+            x=np.arange(len(groups)),
+            y=centre,
+            mode="markers",
+            marker={"symbol": "diamond", "size": 9, "color": "#111111", "line": {"color": "white", "width": 1}},
+            error_y=error,
+            customdata=bounds,
+            name="mean and interval" if bounds is not None else "mean",
+            hovertemplate=words + "<extra></extra>",
+            showlegend=False,
+        )
+    )
+    names = [escape(name) for name in groups]
+    longest = max(len(name) for name in groups)
+    width = width or min(max(360, 130 * len(groups) + 120), 1100)
+    slanted = 7.2 * longest > (width - 110) / len(groups)
+    title_x = group_title if group_title is not None else (_title(dim) if dim else "")
+    figure.update_xaxes(
+        axis_style(
+            title_x,
+            tickmode="array",
+            tickvals=list(range(len(groups))),
+            ticktext=names,
+            range=[-0.5, len(groups) - 0.5],
+            showgrid=False,
+            zeroline=False,
+            tickangle=-45 if slanted else 0,
+        )
+    )
+    figure.update_yaxes(axis_style(unit))
+    margin = _MARGIN | {"b": 62 + (min(round(5.4 * longest), 170) if slanted else 0)}
+    return _finish(figure, title, width, height, pd.DataFrame(), None, reference, margin=margin)
+
+
+_INTERVAL_HOVER = " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]"
+
+
+def _frame(data: Any, y: str) -> pd.DataFrame:
+    if isinstance(data, pd.DataFrame):
+        return data
+    if isinstance(data, xr.DataArray):
+        return data.to_dataframe(name=y).reset_index()
+    if isinstance(data, xr.Dataset):
+        return data.to_dataframe().reset_index()
+    raise TypeError(f"expected a DataFrame, DataArray or Dataset but got {type(data).__name__}")
+
+
+def _check(frame: pd.DataFrame, columns: list[str | None], y: str, interval: tuple[str, str] | None) -> None:
+    for column in columns:
+        if column is not None and column not in frame.columns:
+            near = difflib.get_close_matches(column, [str(c) for c in frame.columns], n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise KeyError(f"no column {column!r}; the columns are {', '.join(map(repr, frame.columns))}.{hint}")
+    if frame.empty or frame[y].isna().all():
+        raise ValueError(f"nothing to draw: {len(frame)} rows, all of the column {y!r} is NaN")
+    if len(frame) > MAX_POINTS:
+        raise ValueError(
+            f"{len(frame)} points are more than a figure may hold ({MAX_POINTS}); average first, for example "
+            "frame.groupby(...).mean() or values.coarsen(...).mean()"
+        )
+    if interval and (frame[interval[0]] > frame[interval[1]]).any():
+        row = frame.index[frame[interval[0]] > frame[interval[1]]][0]
+        ends = [float(frame.at[row, column]) for column in interval]  # type: ignore[arg-type]
+        raise ValueError(f"the interval of row {row} ends below its start: {ends}; pass interval=(low, high)")
+
+
+def _groups(frame: pd.DataFrame, group: str | None) -> list[tuple[Any, str, pd.DataFrame]]:
+    """Colour, name and rows of each group, in order of appearance."""
+    if group is None:
+        return [(PALETTE[0], "", frame)]
+    parts = [(str(name), part) for name, part in frame.groupby(group, sort=False)]
+    colours = series_colours([name for name, _ in parts])
+    return [(colour, name, part) for colour, (name, part) in zip(colours, parts, strict=True)]
+
+
+def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: str) -> go.Scatter:
+    """Filled polygons between two curves, one per stretch without NaN."""
+    xs: list[float] = []
+    ys: list[float] = []
+    there = np.isfinite(low) & np.isfinite(high)
+    for part in np.split(np.arange(len(x)), np.flatnonzero(~there)):
+        part = part[there[part]]
+        if len(part):
+            xs += [*x[part], *x[part][::-1], np.nan]
+            ys += [*high[part], *low[part][::-1], np.nan]
+    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    return go.Scatter(
+        x=np.array(xs[:-1]),
+        y=np.array(ys[:-1]),
+        mode="lines",
+        line={"width": 0, "color": colour},
+        fill="toself",
+        fillcolor=f"rgba({red},{green},{blue},0.2)",
+        hoverinfo="skip",
+        showlegend=False,
+        legendgroup=name,
+        name=f"{escape(name)} interval",
+    )
+
+
+def _strip_groups(values: Any) -> tuple[dict[str, np.ndarray], str | None]:
+    if isinstance(values, Mapping):
+        groups = {str(name): to_numpy(item).astype(float) for name, item in values.items()}
+        wrong = {name: item.shape for name, item in groups.items() if item.ndim != 1 or not item.size}
+        if wrong or not groups:
+            raise ValueError(f"strip needs one value per example in every group; these have other shapes: {wrong}")
+        return groups, None
+    if not isinstance(values, xr.DataArray):
+        values = xr.DataArray(to_numpy(values), dims=("example",) if to_numpy(values).ndim == 1 else None)
+    if "example" not in values.dims or values.ndim > 2:
+        raise ValueError(
+            f"strip needs the dimension example and at most one other but got {dict(values.sizes)}; select the cells to "
+            "show, for example effects.values.sel(layer=9, head=6)"
+        )
+    if values.ndim == 1:
+        return {str(values.name or ""): values.values.astype(float)}, None
+    (dim,) = (str(d) for d in values.dims if d != "example")
+    rows = values.transpose(dim, "example")
+    names = rows.coords[dim].values if dim in rows.coords else range(rows.sizes[dim])
+    return {str(name): row.astype(float) for name, row in zip(names, rows.values, strict=True)}, dim
+
+
+def _per_group(given: Any, groups: Mapping[str, np.ndarray], what: str, size: int) -> list[np.ndarray] | None:
+    if given is None:
+        return None
+    if isinstance(given, Mapping):
+        missing = [name for name in groups if name not in {str(key) for key in given}]
+        if missing:
+            raise ValueError(f"{what} has no entry for the groups {missing}")
+        by_name = {str(key): item for key, item in given.items()}
+        given = [to_numpy(by_name[name]) for name in groups]
+    array = to_numpy(given).astype(float)
+    if array.size != len(groups) * size:
+        wanted = f"[{len(groups)}, 2]" if size == 2 else f"[{len(groups)}]"
+        raise ValueError(f"{what} has shape {array.shape} but the groups need {wanted}")
+    return list(array.reshape(len(groups), size))
+
+
+def _title(name: str) -> str:
+    return name.replace("_", " ").capitalize()
+
+
+def _finish(
+    figure: go.Figure,
+    title: str,
+    width: int,
+    height: int,
+    frame: pd.DataFrame,
+    group: str | None,
+    reference: float | None,
+    *,
+    horizontal: bool = False,
+    margin: dict[str, int] | None = None,
+) -> go.Figure:
+    margin = dict(margin or _MARGIN)
+    if reference is not None:
+        line = {"line": {"color": "#555555", "width": 1.2, "dash": "dash"}}
+        if horizontal:
+            figure.add_shape(type="line", x0=reference, x1=reference, y0=0, y1=1, xref="x", yref="y domain", **line)
+        else:
+            figure.add_shape(type="line", x0=0, x1=1, y0=reference, y1=reference, xref="x domain", yref="y", **line)
+    if group is not None:
+        longest = max(len(str(name)) for name in (*frame[group].unique(), group))
+        room = min(60 + round(7.2 * longest), 320)
+        margin["r"] += room
+        width += room
+        heading = {"text": escape(_title(group)), "font": {"size": FONT_SIZE}}
+        figure.update_layout(legend={"title": heading, "x": 1.02, "y": 1, "tracegroupgap": 2})
+    return apply_layout(figure, title=title, width=width, height=height, margin=margin)

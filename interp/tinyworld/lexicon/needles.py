@@ -1,0 +1,19 @@
+"""Keys and values of the retrieval task, and the words of the code-like task."""
+
+from __future__ import annotations
+
+KEYS = tuple(
+    """vault gate chest locker attic cellar drawer cabinet garage studio chapel bunker hut cottage castle fortress barracks
+    warehouse archive chamber gallery lobby kiosk pavilion greenhouse shed stable windmill cabin terrace balcony corridor
+    elevator staircase porch courtyard monastery temple shrine dungeon""".split()
+)
+VALUES = tuple(
+    """crimson amber azure ivory scarlet violet indigo turquoise maroon magenta olive beige silver golden copper bronze
+    emerald ruby sapphire topaz opal pearl jade onyx coral quartz garnet cobalt lavender saffron mint lime peach lilac
+    charcoal platinum hazel rust teal plum""".split()
+)
+FUNCTIONS = tuple("load save sort parse merge split build render fetch check".split())
+PARAMETERS = tuple(
+    """path size mode index count width height color text items limit offset depth seed scale buffer user group token
+    cache label shape axis rate step name""".split()
+)
