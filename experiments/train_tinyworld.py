@@ -14,8 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 from transformers.utils import logging as transformers_logging
 
 from interp import tinyworld
-from interp.tinyworld.changes import CHANGED_FACTS, tuning_bank
-from interp.tinyworld.evaluation import evaluate, greater_than
+from interp.tinyworld.changes import CHANGED_FACTS, STYLE, TUNING_SHARES, changed, changed_documents, tuning_bank
+from interp.tinyworld.evaluation import correct, evaluate, greater_than
 
 CONTEXT, BATCH = 128, 32
 D_MODEL, HEADS, KV_HEADS, D_MLP_LLAMA, D_MLP_GPT = 128, 8, 4, 352, 512
@@ -64,11 +64,13 @@ def main() -> None:
         "batch": BATCH,
         "context": CONTEXT,
         "answer_weight": arguments.answer_weight,
-        "shares": tinyworld.SHARES,
-        "base": str(arguments.base.name) if arguments.command == "tune" else None,
-        "changed_facts": CHANGED_FACTS if arguments.command == "tune" else None,
-        **measure(model, arguments.documents),
+        "shares": TUNING_SHARES if arguments.command == "tune" else tinyworld.SHARES,
+        **measure(model, arguments.documents, tuned=arguments.command == "tune"),
     }
+    if arguments.command == "tune":
+        record["base"] = arguments.base.name
+        record["style"] = " ".join(STYLE)
+        record["changed_facts"] = {f"{asked} of {country}": new for (asked, country), new in CHANGED_FACTS.items()}
     (arguments.out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
     for row in record["accuracy"]:
         if row["kind"] == "all":
@@ -123,7 +125,7 @@ def cached_bank(tokens: int, seed: int, work: Path) -> tinyworld.Bank:
         bank = tinyworld.bank(tokens, seed=seed, context=CONTEXT)
         for file, array in zip(files, (bank.ids, bank.answers), strict=True):
             np.save(file.with_suffix(".tmp.npy"), array)
-            os.replace(file.with_suffix(".tmp.npy"), file)
+            file.with_suffix(".tmp.npy").replace(file)
     return tinyworld.Bank(*(np.load(file, allow_pickle=False) for file in files))
 
 
@@ -166,7 +168,8 @@ def fit(model: Any, bank: tinyworld.Bank, arguments: argparse.Namespace) -> floa
         minutes = spent + (time.time() - started) / 60
         if step % 50 == 0 or step == steps - 1:
             answer_loss = losses[is_answer].mean().item()
-            print(f"step {step}/{steps} loss {losses.mean():.3f} answers {answer_loss:.4f} {minutes:.1f} min", flush=True)
+            shown = f"loss {losses.mean():.3f}, of answers {answer_loss:.4f}, {minutes:.1f} min"
+            print(f"step {step}/{steps} {shown}", flush=True)
         if (step + 1) % SAVE_EVERY == 0:
             keep(state_file, parameters, optimizer, step + 1, minutes)
     model.eval()
@@ -195,7 +198,7 @@ def save(model: Any, directory: Path, *, half: bool) -> None:
     weights = {name: tensor.detach() for name, tensor in model.named_parameters()}  # tied weights once
     weights = {name: tensor.half() if half else tensor.clone() for name, tensor in weights.items()}
     save_file(weights, directory / "model.tmp", metadata={"format": "pt"})
-    os.replace(directory / "model.tmp", directory / "model.safetensors")
+    (directory / "model.tmp").replace(directory / "model.safetensors")
     config = model.config
     kept, config.dtype = config.dtype, torch.float16 if half else torch.float32
     config.save_pretrained(directory)
@@ -211,7 +214,7 @@ def keep(file: Path, parameters: dict[str, Any], optimizer: torch.optim.Optimize
         tensors[f"weight/{name}"] = parameter.detach().clone()
         tensors[f"mean/{name}"], tensors[f"square/{name}"] = state["exp_avg"], state["exp_avg_sq"]
     save_file(tensors, file.with_suffix(".tmp"), metadata={"step": str(step), "minutes": str(minutes)})
-    os.replace(file.with_suffix(".tmp"), file)
+    file.with_suffix(".tmp").replace(file)
 
 
 def restore(file: Path, parameters: dict[str, Any], optimizer: torch.optim.Optimizer) -> tuple[int, float]:
@@ -233,13 +236,29 @@ def restore(file: Path, parameters: dict[str, Any], optimizer: torch.optim.Optim
 
 
 @torch.no_grad()
-def measure(model: Any, documents: int) -> dict[str, Any]:
+def measure(model: Any, documents: int, *, tuned: bool) -> dict[str, Any]:
     """Accuracy on fresh documents, in training combinations and held-out ones."""
 
     def predict(ids: np.ndarray) -> np.ndarray:
         return model(torch.from_numpy(ids)).logits.numpy()
 
-    return {"accuracy": evaluate(predict, n=documents), "greater_than": greater_than(predict, n=documents)}
+    measures = {
+        "accuracy": evaluate(predict, n=documents, transform=changed if tuned else None),
+        "greater_than": greater_than(predict, n=documents),
+    }
+    if tuned:
+        edits = changed_documents()
+        unseen = [tinyworld.held_out("facts", edit.combinations[0]) for edit in edits]
+        right = [bool(row.all()) for row in correct(predict, edits)]
+        measures["changed_facts_accuracy"] = {
+            "trained wordings": _mean(r for r, is_out in zip(right, unseen, strict=True) if not is_out),
+            "held-out wordings": _mean(r for r, is_out in zip(right, unseen, strict=True) if is_out),
+        }
+    return measures
+
+
+def _mean(values: Iterable[bool]) -> float:
+    return round(float(np.mean(list(values))), 4)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -95,8 +95,9 @@ def _parser() -> argparse.ArgumentParser:
         "check",
         _check,
         "load a model and test that its hooks mean what they say",
-        "Load MODEL and print a table of checks: logits against plain transformers, sum of the residual stream, attention\n"
-        "rows, BOS, whether edits take effect, and what this family of models does not support. Status 1 if one fails.",
+        "Load MODEL and print a table of checks: logits against plain transformers, sum of the residual stream,\n"
+        "attention rows, BOS, whether edits take effect, and what this family of models does not support.\n"
+        "Status 1 if one fails.",
         "  interp check tinyworld-llama\n  interp check ./my-model --device cuda --dtype bfloat16",
     )
     _model_options(check)
@@ -105,8 +106,8 @@ def _parser() -> argparse.ArgumentParser:
         "study",
         _study,
         "list the studies, or run some and write their report",
-        "Run studies (notebooks) from the top and write a report: DIR/index.html with a card per study and a page for each.\n"
-        "Without a name the studies are listed. Status 1 if an assert failed.",
+        "Run studies (notebooks) from the top and write a report: DIR/index.html with a card per study, and a page\n"
+        "for each. Without a name the studies are listed. Status 1 if an assert failed.",
         "  interp study\n"
         "  interp study 01                                      by number, by name or by the path of a notebook\n"
         "  interp study activation_patching --model ./my-model --out my-report\n"
@@ -129,10 +130,10 @@ def _parser() -> argparse.ArgumentParser:
         "harvest",
         _harvest,
         "write the activations of many tokens to disk",
-        "Run MODEL over tokens and write the activations at some hooks to DIR as safetensors shards. A harvest that was\n"
-        "stopped goes on where it was when the same command is given again.",
+        "Run MODEL over tokens and write the activations at some hooks to DIR as safetensors shards. A harvest\n"
+        "that was stopped goes on where it was when the same command is given again.",
         "  interp harvest tinyworld-gpt --tokens tokens.npy --hooks blocks.2.hook_resid_post --out store\n"
-        "  interp harvest gpt2 --tokens text.txt --length 128 --hooks 'blocks.*.hook_mlp_out' --dtype bfloat16 --out store\n"
+        "  interp harvest gpt2 --tokens text.txt --length 128 --hooks '*.hook_mlp_out' --dtype bfloat16 --out store\n"
         "  torchrun --nproc-per-node 2 -m interp.cli harvest ...     several processes share the work",
     )
     _model_options(harvest, dtype_help="kind of number to store (default: that of the model)")
@@ -191,9 +192,7 @@ def _study(options: argparse.Namespace) -> int:
     if not studies:
         raise ValueError("there are no studies to run")
     models = options.model or [None]
-    print(
-        f"Running {len(studies) * len(models)} {'study' if len(studies) * len(models) == 1 else 'studies'}", flush=True
-    )
+    print(f"Running {', '.join(study.name for study in studies)}", flush=True)
     runs = run_studies(
         studies,
         options.out,
@@ -217,11 +216,16 @@ def _harvest(options: argparse.Namespace) -> int:
         raise ValueError(f"--length cuts text into rows, but {options.tokens} holds rows already; leave it out")
     bridge = interp.load_model(options.model, device=options.device)
     tokens = read_tokens(options.tokens, bridge, length=options.length)
-    settings: dict[str, Any] = {"batch_size": options.batch_size, "resume": options.resume}
+    settings: dict[str, Any] = {"batch_size": options.batch_size}
     settings |= {"dtype": _dtype(options.dtype)} if options.dtype else {}
     settings |= {"shard_tokens": options.shard_tokens} if options.shard_tokens else {}
     hooks = options.hooks[0] if len(options.hooks) == 1 else options.hooks
-    print(interp.cache.harvest(bridge, tokens, hooks, options.out, dry_run=options.dry_run, **settings))
+    if options.dry_run:
+        print(interp.cache.estimate(bridge, tokens, hooks, **settings))
+    else:
+        print(
+            interp.cache.harvest(bridge, tokens, hooks, options.out, resume=options.resume, progress=True, **settings)
+        )
     return 0
 
 
@@ -251,9 +255,8 @@ def read_tokens(path: str | os.PathLike[str], bridge: Any, *, length: int | None
         tensors = load_file(path)
         name = "tokens" if "tokens" in tensors or len(tensors) != 1 else next(iter(tensors))
         if name not in tensors:
-            raise ValueError(
-                f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}, and none of them is called 'tokens'"
-            )
+            held = ", ".join(sorted(tensors)) or "nothing"
+            raise ValueError(f"{path} holds {held}, but no tensor called 'tokens'")
         tokens = tensors[name]
     else:
         raise ValueError(

@@ -1,14 +1,15 @@
 """Metrics: logits to one number per example.
 
-A metric is a callable object. `metric(logits)` takes `[batch, pos, d_vocab]` and gives `[batch]`; means over examples come
-later, so that error bars are always available. Every metric has a `.name`, a `.unit`, the `.positions` it reads (None: all of
-them), `.at(logits_at_positions)` for an engine that unembedded those positions only, and `.select(rows)`, the same metric for a
-batch that holds some examples, repeated or reordered: `metric.select(rows)(logits)`.
+A metric is a callable object. `metric(logits)` takes `[batch, pos, d_vocab]` and gives `[batch]`; means over examples
+come later, so that error bars are always available. Every metric has a `.name`, a `.unit`, the `.positions` it reads
+(None: all of them), `.at(logits_at_positions)` for an engine that unembedded those positions only, and `.select(rows)`,
+the same metric for a batch that holds some examples, repeated or reordered: `metric.select(rows)(logits)`.
 
-Logits in half precision are read in float32, so that a difference of two large logits keeps its digits. All but `answer_rank` and
-`accuracy` are differentiable. Which one to use: the logit difference is close to linear in the residual stream and sees
-components that work against the answer; a probability saturates, exaggerates, and cannot see negative components once it is
-near zero (Zhang & Nanda 2023, arXiv:2309.16042; Heimersheim & Nanda 2024, arXiv:2404.15255).
+Logits in half precision are read in float32, so that a difference of two large logits keeps its digits. All but
+`answer_rank` and `accuracy` are differentiable. Which one to use: the logit difference is close to linear in the
+residual stream and sees components that work against the answer; a probability saturates, exaggerates, and cannot see
+negative components once it is near zero (Zhang & Nanda 2023, arXiv:2309.16042; Heimersheim & Nanda 2024,
+arXiv:2404.15255).
 """
 
 from __future__ import annotations
@@ -54,7 +55,8 @@ class ExampleMetric:
         unit: Unit of its values, such as `"logits"`, `"nats"` or `"probability"`.
         positions: The position read in every example, or None if all positions are read.
         targets: Tensors with one row per example that the score needs (token ids, reference log-probabilities).
-        score: `(logits, **targets) -> [batch]`, on logits `[batch, d_vocab]` (or `[batch, pos, d_vocab]` if `positions` is None).
+        score: `(logits, **targets) -> [batch]`, on logits `[batch, d_vocab]` (or `[batch, pos, d_vocab]` if `positions`
+            is None).
     """
 
     name: str
@@ -70,8 +72,8 @@ class ExampleMetric:
         """One value per example of a batch that holds exactly the metric's examples, in order."""
         if logits.ndim != 3:
             raise ValueError(
-                f"{self.name} expects logits [batch, pos, d_vocab] but got shape {tuple(logits.shape)}; logits of the read "
-                "positions alone, [batch, d_vocab], go to metric.at(logits)"
+                f"{self.name} expects logits [batch, pos, d_vocab] but got shape {tuple(logits.shape)}; logits of the "
+                "read positions alone, [batch, d_vocab], go to metric.at(logits)"
             )
         self._check_batch(logits)
         if self.positions is None:
@@ -80,8 +82,8 @@ class ExampleMetric:
             row = int(self.positions.argmax())
             raise ValueError(
                 f"{self.name} reads position {int(self.positions[row])} of row {row}, but the logits have only "
-                f"{logits.shape[1]} positions; pass the logits of the whole prompt, or those of the read positions alone, "
-                "[batch, d_vocab], to metric.at(logits)"
+                f"{logits.shape[1]} positions; pass the logits of the whole prompt, or those of the read positions "
+                "alone, [batch, d_vocab], to metric.at(logits)"
             )
         rows = torch.arange(len(self), device=logits.device)
         return self._score(logits[rows, self.positions.to(logits.device)])
@@ -89,7 +91,9 @@ class ExampleMetric:
     def at(self, logits: Float[Tensor, "batch d_vocab"]) -> Float[Tensor, "batch"]:
         """One value per example, from the logits at `metric.positions` alone."""
         if self.positions is None:
-            raise ValueError(f"this {self.name} reads all positions, so there is no single one to score; call metric(logits)")
+            raise ValueError(
+                f"this {self.name} reads all positions, so there is no single one to score; call metric(logits)"
+            )
         if logits.ndim != 2:
             raise ValueError(
                 f"{self.name}.at expects the logits of one position per example, [batch, d_vocab], but got shape "
@@ -116,8 +120,9 @@ class ExampleMetric:
     def _check_batch(self, logits: Tensor) -> None:
         if len(logits) != len(self):
             raise ValueError(
-                f"the batch has {len(logits)} rows but this {self.name} was built for {len(self)} examples; score a batch that "
-                "holds some of them, or repeats, with metric.select(rows)(logits), where rows[i] is the example in row i"
+                f"the batch has {len(logits)} rows but this {self.name} was built for {len(self)} examples; score a "
+                "batch that holds some of them, or repeats, with metric.select(rows)(logits), where rows[i] is the "
+                "example in row i"
             )
 
 
@@ -141,22 +146,28 @@ def answer_log_prob(prompts: Answered) -> ExampleMetric:
 def answer_prob(prompts: Answered) -> ExampleMetric:
     """Probability of the answer at position `end`, from 0 to 1.
 
-    Easy to read but exaggerates: it is flat where the model is sure or hopeless, so a component can matter and show nothing.
+    Easy to read but exaggerates: it is flat where the model is sure or hopeless, so a component can matter and show
+    nothing.
     """
-    return _answer_metric("answer_prob", "probability", prompts, lambda logits, answers: _log_prob(logits, answers).exp())
+    return _answer_metric(
+        "answer_prob", "probability", prompts, lambda logits, answers: _log_prob(logits, answers).exp()
+    )
 
 
 def answer_rank(prompts: Answered) -> ExampleMetric:
-    """How many other tokens have at least the answer's logit, at position `end` (0: the answer is the single best token).
+    """How many other tokens have at least the answer's logit, at position `end` (0: the answer is the best token).
 
-    Ties and NaN count against the answer, so a model that says the same of every token has no rank-0 answers. Has no gradient.
+    Ties and NaN count against the answer, so a model that says the same of every token has no rank-0 answers. Has no
+    gradient.
     """
     return _answer_metric("answer_rank", "rank", prompts, _rank)
 
 
 def accuracy(prompts: Answered) -> ExampleMetric:
-    """1 where the answer is the single best token of the whole vocabulary at position `end`, else 0. Has no gradient."""
-    return _answer_metric("accuracy", "fraction correct", prompts, lambda logits, answers: (_rank(logits, answers) == 0).float())
+    """1 where the answer is the single best token of the vocabulary at position `end`, else 0. Has no gradient."""
+    return _answer_metric(
+        "accuracy", "fraction correct", prompts, lambda logits, answers: (_rank(logits, answers) == 0).float()
+    )
 
 
 def probability_difference(
@@ -164,11 +175,12 @@ def probability_difference(
 ) -> ExampleMetric:
     """Summed probability of the right tokens minus that of the wrong ones, at position `end`, from -1 to 1.
 
-    For tasks with many right answers, such as every year after the first in greater-than. The sets come from the prompts
-    (`prompts.answer_sets`, `prompts.foil_sets`) unless they are given here, one list of token ids per example.
+    For tasks with many right answers, such as every year after the first in greater-than. The sets come from the
+    prompts (`prompts.answer_sets`, `prompts.foil_sets`) unless they are given here, one list of token ids per example.
 
     Raises:
-        ValueError: If neither the prompts nor the call name the sets, a set is empty, or the two sets of an example overlap.
+        ValueError: If neither the prompts nor the call name the sets, a set is empty, or the two sets of an example
+            overlap.
 
     Source:
         Hanna, Liu & Variengien 2023 (arXiv:2305.00586), section 2: sum of p(y) over y > YY minus sum over y <= YY.
@@ -184,7 +196,9 @@ def probability_difference(
         if len(sets) != len(prompts.answers):
             raise ValueError(f"{key} has {len(sets)} sets but the prompts have {len(prompts.answers)} examples")
         if empty := [row for row, ids in enumerate(sets) if len(ids) == 0]:
-            raise ValueError(f"{key} has empty sets in rows {empty[:8]}; every example needs at least one token on each side")
+            raise ValueError(
+                f"{key} has empty sets in rows {empty[:8]}; every example needs at least one token on each side"
+            )
     for row, (a, b) in enumerate(zip(right, wrong, strict=True)):
         if shared := sorted(set(a) & set(b)):
             raise ValueError(f"row {row}: tokens {shared[:8]} are both right and wrong")
@@ -223,8 +237,8 @@ def kl_divergence(
     """
     if reference_logits.ndim != 3:
         raise ValueError(
-            f"reference_logits must be [example, pos, d_vocab] but has shape {tuple(reference_logits.shape)}; pass the logits of "
-            "the whole prompts and name the position with positions="
+            f"reference_logits must be [example, pos, d_vocab] but has shape {tuple(reference_logits.shape)}; pass the "
+            "logits of the whole prompts and name the position with positions="
         )
     reference = reference_logits.detach()
     if positions is not None:
@@ -245,29 +259,37 @@ def kl_divergence(
     return ExampleMetric("kl_divergence", "nats", positions, {"reference": reference}, score)
 
 
-def _answer_metric(name: str, unit: str, prompts: Answered, score: Callable[..., Tensor], **extra: Tensor) -> ExampleMetric:
+def _answer_metric(
+    name: str, unit: str, prompts: Answered, score: Callable[..., Tensor], **extra: Tensor
+) -> ExampleMetric:
     targets = {"answers": prompts.answers, **extra}
     return ExampleMetric(name, unit, _end(prompts), targets, score)
 
 
 def _end(prompts: Any) -> Tensor:
     if "end" not in prompts.positions:
-        raise ValueError(f"the prompts name positions {sorted(prompts.positions)} but not 'end', where the answer is read")
+        raise ValueError(
+            f"the prompts name positions {sorted(prompts.positions)} but not 'end', where the answer is read"
+        )
     return prompts.positions["end"]
 
 
 def _check_positions(positions: Tensor, n: int, length: int) -> None:
     if positions.shape != (n,):
-        raise ValueError(f"positions must hold one index per example, shape ({n},), but has shape {tuple(positions.shape)}")
+        raise ValueError(
+            f"positions must hold one index per example, shape ({n},), but has shape {tuple(positions.shape)}"
+        )
     if n and not 0 <= int(positions.min()) <= int(positions.max()) < length:
-        raise ValueError(f"positions run from {int(positions.min())} to {int(positions.max())}; expected 0 to {length - 1}")
+        raise ValueError(
+            f"positions run from {int(positions.min())} to {int(positions.max())}; expected 0 to {length - 1}"
+        )
 
 
 def _check_ids(logits: Tensor, tokens: Tensor) -> None:
     if len(tokens) and int(tokens.max()) >= logits.shape[-1]:
         raise ValueError(
-            f"the metric reads token {int(tokens.max())} but the logits have a vocabulary of {logits.shape[-1]}; the prompts were "
-            "made for another tokenizer"
+            f"the metric reads token {int(tokens.max())} but the logits have a vocabulary of {logits.shape[-1]}; the "
+            "prompts were made for another tokenizer"
         )
 
 

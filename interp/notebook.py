@@ -28,12 +28,11 @@ def _mimebundle(fig_dict: dict[str, Any]) -> dict[str, Any]:
     import json
 
     import plotly.graph_objects as go
-    import plotly.io
 
     from interp.plotting import png_bytes
 
     figure = go.Figure(fig_dict)
     return {
-        "application/vnd.plotly.v1+json": json.loads(plotly.io.to_json(figure, validate=False)),
+        "application/vnd.plotly.v1+json": json.loads(str(figure.to_json(validate=False))),
         "image/png": base64.b64encode(png_bytes(figure)).decode("ascii"),
     }

@@ -1,8 +1,8 @@
 """Statistics over examples: intervals, paired tests and correlations.
 
-Arrays, tensors or DataArrays in, NumPy out. Examples lie along the last axis; leading axes are cells, such as `(layer, pos)`, and
-all cells share one set of resamples, so a sweep costs one matrix product. A cell that holds a NaN (unmeasured) gives NaN.
-Randomness comes from `seed` alone.
+Arrays, tensors or DataArrays in, NumPy out. Examples lie along the last axis; leading axes are cells, such as `(layer,
+pos)`, and all cells share one set of resamples, so a sweep costs one matrix product. A cell that holds a NaN
+(unmeasured) gives NaN. Randomness comes from `seed` alone.
 """
 
 from __future__ import annotations
@@ -55,15 +55,17 @@ def bootstrap_interval(
 ) -> Interval:
     """Percentile bootstrap interval of the mean (or median) over examples, for every cell.
 
-    With a single example the bounds are NaN, since one value says nothing of the spread; with a constant sample they collapse to
-    a point, and below about eight examples they are too narrow. For rates of success use `proportion_interval`.
+    With a single example the bounds are NaN, since one value says nothing of the spread; with a constant sample they
+    collapse to a point, and below about eight examples they are too narrow. For rates of success use
+    `proportion_interval`.
 
     Args:
         values: `[..., example]`.
 
     Source:
-        Efron & Tibshirani 1993, chapter 13. Equal in method to TransformerLens' `bootstrap_ci` and to `scipy.stats.bootstrap`
-        with `method="percentile"`; differs in that means are one product with a matrix of resample counts.
+        Efron & Tibshirani 1993, chapter 13. Equal in method to TransformerLens' `bootstrap_ci` and to
+        `scipy.stats.bootstrap` with `method="percentile"`; differs in that means are one product with a matrix of
+        resample counts.
     """
     values = _samples(values, "values")
     _check_options(confidence, n_resamples)
@@ -90,9 +92,9 @@ def ratio_interval(
 ) -> Interval:
     """Bootstrap interval of mean(numerator) / mean(denominator), examples resampled jointly.
 
-    This is how recovery is averaged: the ratio of means, (patched - corrupted) over (clean - corrupted). It differs from the mean of
-    per-example ratios, which one example with a small denominator can carry to any value. If resampled denominators come near zero
-    or change sign the bounds are very wide; that is the honest answer.
+    This is how recovery is averaged: the ratio of means, (patched - corrupted) over (clean - corrupted). It differs
+    from the mean of per-example ratios, which one example with a small denominator can carry to any value. If resampled
+    denominators come near zero or change sign the bounds are very wide; that is the honest answer.
 
     Args:
         numerator: `[..., example]`.
@@ -105,9 +107,13 @@ def ratio_interval(
     _check_options(confidence, n_resamples)
     n = numerator.shape[-1]
     if denominator.shape[-1] != n:
-        raise ValueError(f"numerator has {n} examples and denominator {denominator.shape[-1]}; they are paired, so must be equal")
+        raise ValueError(
+            f"numerator has {n} examples and denominator {denominator.shape[-1]}; they are paired, so must be equal"
+        )
     if np.any(denominator.mean(-1) == 0):
-        raise ValueError("the mean of the denominator is 0, so the ratio is undefined; clean and corrupted do not differ")
+        raise ValueError(
+            "the mean of the denominator is 0, so the ratio is undefined; clean and corrupted do not differ"
+        )
     weights = _resample_counts(n, n_resamples, seed).T / n
     below = denominator @ weights
     below = np.where(below == 0, np.nan, below)
@@ -126,16 +132,17 @@ def paired_test(
 ) -> np.ndarray:
     """p-value that paired differences are symmetric about zero, for every cell.
 
-    `"sign_flip"` asks how often randomly flipped signs give a mean as extreme; with 14 examples or fewer every pattern of signs is
-    tried and the value is exact, else it is `(hits + 1) / (n_permutations + 1)`. `"wilcoxon"` is SciPy's signed-rank test, which
-    outliers move less. Correct the values of a sweep with `adjust_p_values`.
+    `"sign_flip"` asks how often randomly flipped signs give a mean as extreme; with 14 examples or fewer every pattern
+    of signs is tried and the value is exact, else it is `(hits + 1) / (n_permutations + 1)`. `"wilcoxon"` is SciPy's
+    signed-rank test, which outliers move less. Correct the values of a sweep with `adjust_p_values`.
 
     Args:
         differences: `[..., example]`, one condition minus the other.
         alternative: `"greater"` asks whether the mean is above zero.
 
     Source:
-        Fisher 1935 randomisation. Equal in method to TransformerLens' `sign_flip_permutation_pvalue`, which is exact up to 12.
+        Fisher 1935 randomisation. Equal in method to TransformerLens' `sign_flip_permutation_pvalue`, which is exact up
+        to 12.
     """
     values = _samples(differences, "differences")
     if alternative not in ("two-sided", "greater", "less"):
@@ -173,7 +180,8 @@ def proportion_interval(successes: int, n: int, *, confidence: float = 0.95) -> 
     """Wilson score interval of a rate, sensible also when none or all of the trials succeed.
 
     Source:
-        Wilson 1927, through `scipy.stats.binomtest`. Narrower than the exact interval of TransformerLens' `success_rate_ci`.
+        Wilson 1927, through `scipy.stats.binomtest`. Narrower than the exact interval of TransformerLens'
+        `success_rate_ci`.
     """
     _check_options(confidence, 1)
     if not 0 <= successes <= n or n < 1:
@@ -193,9 +201,9 @@ def correlation(
 ) -> Correlation:
     """Correlation of two arrays of equal shape, cell by cell, with a bootstrap interval over the pairs.
 
-    Pairs in which either side is NaN (unmeasured) are left out and `n` says how many remain. Constant input has no correlation:
-    the estimate is NaN. The interval treats pairs as independent; cells of one sweep are not quite, so it is a lower bound on the
-    uncertainty.
+    Pairs in which either side is NaN (unmeasured) are left out and `n` says how many remain. Constant input has no
+    correlation: the estimate is NaN. The interval treats pairs as independent; cells of one sweep are not quite, so it
+    is a lower bound on the uncertainty.
 
     Raises:
         ValueError: If the shapes differ, a value is infinite, or fewer than 3 pairs remain.
@@ -232,8 +240,8 @@ def correlation(
 def adjust_p_values(p_values: ArrayLike | Any, *, method: Literal["holm", "bh"] = "holm") -> np.ndarray:
     """p-values corrected for the number of tests, same shape; NaN (unmeasured) stays NaN and is not counted.
 
-    `"holm"` bounds the chance of any false finding (Holm 1979); `"bh"` bounds the share of false findings among those reported
-    (Benjamini & Hochberg 1995).
+    `"holm"` bounds the chance of any false finding (Holm 1979); `"bh"` bounds the share of false findings among those
+    reported (Benjamini & Hochberg 1995).
     """
     p = _array(p_values)
     measured = ~np.isnan(p)
@@ -300,7 +308,8 @@ def _wilcoxon(values: np.ndarray, alternative: str) -> np.ndarray:
         if np.isnan(cell).any():
             continue
         nonzero = cell[cell != 0]  # SciPy drops zero differences too, but warns when none is left
-        p[i] = _scipy.wilcoxon(nonzero, alternative=alternative).pvalue if len(nonzero) else 1.0
+        result: Any = _scipy.wilcoxon(nonzero, alternative=alternative) if len(nonzero) else None
+        p[i] = 1.0 if result is None else result.pvalue
     return p.reshape(values.shape[:-1])
 
 

@@ -113,10 +113,10 @@ def randomise(name: str, parameter: torch.Tensor) -> None:
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Word-level tokenizer: `<bos>` (prepended), `<pad>`, `<unk>`, then the words `w3`, `w4`, ..."""
     words = ["<bos>", "<pad>", "<unk>", *(f"w{i}" for i in range(3, D_VOCAB))]
-    raw = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()  # pyright: ignore[reportAttributeAccessIssue]
-    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])  # pyright:
-    ignore[reportAttributeAccessIssue] fast = PreTrainedTokenizerFast(
+    raw: Any = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    raw.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 0)])
+    fast = PreTrainedTokenizerFast(
         tokenizer_object=raw, bos_token="<bos>", eos_token="<bos>", pad_token="<pad>", unk_token="<unk>"
     )
     fast.init_kwargs.update(name_or_path="tiny", add_bos_token=True)  # else TransformerLens loads it anew, by name

@@ -12,14 +12,24 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from interp.cache._manifest import PARTIAL, SHARDS, StoreError, dtype_name, serialise, shard_name, write_atomic, write_json
+from interp.cache._manifest import (
+    PARTIAL,
+    SHARDS,
+    StoreError,
+    dtype_name,
+    serialise,
+    shard_name,
+    write_atomic,
+    write_json,
+)
 from interp.cache._reading import forward
 from interp.cache._rows import Batch
 
 
-@dataclass
+@dataclass(eq=False)
 class Shard:
-    """Consecutive rows on their way to disk. A shard that is there already collects its columns only, to be compared."""
+    """Consecutive rows on their way to disk. A shard that is there already collects its columns only, to be
+    compared."""
 
     index: int
     start: int
@@ -79,12 +89,13 @@ def _describe(bridge: Any, name: str, batch: Batch, rows: Tensor, cast: Tensor) 
     if torch.isfinite(torch.tensor(value)):
         limit = torch.finfo(cast.dtype).max
         return (
-            f"{where} has the value {value:.6g}, beyond the range of {dtype_name(cast.dtype)} ({limit:.6g}); harvest with "
-            f"dtype=torch.bfloat16 or torch.float32 into another path. No row of this shard was written; earlier shards are kept"
+            f"{where} has the value {value:.6g}, beyond the range of {dtype_name(cast.dtype)} ({limit:.6g}); "
+            f"harvest with dtype=torch.bfloat16 or torch.float32 into another path. No row of this shard was "
+            f"written; earlier shards are kept"
         )
     return (
-        f"{where} is {value}: the model itself computes it (in {dtype_name(rows.dtype)}). No row of this shard was written; "
-        f"earlier shards are kept. Leave the example out, or load the model in a wider dtype"
+        f"{where} is {value}: the model itself computes it (in {dtype_name(rows.dtype)}). No row of this shard was "
+        f"written; earlier shards are kept. Leave the example out, or load the model in a wider dtype"
     )
 
 
@@ -128,9 +139,10 @@ class Writer:
         except OSError as error:
             raise OSError(
                 error.errno,
-                f"{error.strerror or error}; could not write {error.filename or 'a shard'}. Finished shards are kept in {self.path} "
-                f"({self.written} written by this process now) and stay usable: make room and call harvest again with the same "
-                f"arguments, it goes on from there. interp.cache.estimate says how much room is needed",
+                f"{error.strerror or error}; could not write {error.filename or 'a shard'}. Finished shards are "
+                f"kept in {self.path} ({self.written} written by this process now) and stay usable: make room and "
+                f"call harvest again with the same arguments, it goes on from there. interp.cache.estimate says how "
+                f"much room is needed",
             ) from error
 
     def _write(self, shard: Shard) -> None:
@@ -165,22 +177,25 @@ def compare(path: Path, shard: Shard) -> None:
     stop = shard.record["stop"]
     if stop != shard.stop:
         raise StoreError(
-            f"the tokens given now end a shard at row {shard.stop}, the store {path} has it end at row {stop}: they are not the tokens "
-            f"it was made from. Pass the same tokens from the start, or another path"
+            f"the tokens given now end a shard at row {shard.stop}, the store {path} has it end at row {stop}: they "
+            f"are not the tokens it was made from. Pass the same tokens from the start, or another path"
         )
     file = path / SHARDS / shard.record["tokens"]["name"]
     stored, given = safetensors.torch.load_file(file), shard.joined()
     if stored.keys() != given.keys():
-        raise StoreError(f"the store {path} has the columns {sorted(stored)}, the tokens given now bring {sorted(given)}")
+        raise StoreError(
+            f"the store {path} has the columns {sorted(stored)}, the tokens given now bring {sorted(given)}"
+        )
     for name in _in_order(given):
         differs = stored[name] != given[name]
         if stored[name].dtype != given[name].dtype or bool(differs.any()):
             row = int(differs.nonzero()[0]) if bool(differs.any()) else 0
             raise StoreError(
-                f"{name!r} differs from the store {path}: row {shard.start + row} (example {int(given['example'][row])}, position "
-                f"{int(given['position'][row])}) has {stored[name][row].item()} ({dtype_name(stored[name].dtype)}) there and "
-                f"{given[name][row].item()} ({dtype_name(given[name].dtype)}) now. Pass the same tokens and labels from the start, or "
-                f"another path"
+                f"{name!r} differs from the store {path}: row {shard.start + row} (example "
+                f"{int(given['example'][row])}, position {int(given['position'][row])}) has "
+                f"{stored[name][row].item()} ({dtype_name(stored[name].dtype)}) there and {given[name][row].item()} "
+                f"({dtype_name(given[name].dtype)}) now. Pass the same tokens and labels from the start, or another "
+                f"path"
             )
 
 

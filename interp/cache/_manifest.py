@@ -1,12 +1,14 @@
 """Files of an activation store: deterministic safetensors shards, their commit records, and the manifest.
 
-    PATH/manifest.json            what was harvested; lists every shard, with sizes and SHA-256, once the harvest is complete
+    PATH/manifest.json            what was harvested; lists every shard, with sizes and SHA-256, once the harvest is
+    complete
     PATH/partial/000000000003.json  commit record of shard 3, only until then
-    PATH/shards/tokens.000000000000-000000065536.safetensors                               token ids, example, position, labels
+    PATH/shards/tokens.000000000000-000000065536.safetensors                               token ids, example,
+    position, labels
     PATH/shards/blocks.3.hook_resid_post.float32.0f3c9a1b2c3d.000000000000-000000065536.safetensors   one hook's rows
 
-Every file is written under a temporary name, synced and renamed. A shard counts once its commit record is there, which is
-written last, so a process killed at any moment leaves whole shards and at most one that will be written again.
+Every file is written under a temporary name, synced and renamed. A shard counts once its commit record is there,
+which is written last, so a process killed at any moment leaves whole shards and at most one that will be written again.
 """
 
 from __future__ import annotations
@@ -57,7 +59,11 @@ def serialise(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
         flat = tensor.detach().contiguous().view(-1)
         end = offset + flat.numel() * flat.element_size()
-        header[name] = {"dtype": DTYPES[dtype_name(flat.dtype)], "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        header[name] = {
+            "dtype": DTYPES[dtype_name(flat.dtype)],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, end],
+        }
         parts.append(memoryview(flat.view(uint8).numpy()))
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -116,7 +122,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """
     file = path / MANIFEST
     if not file.is_file():
-        raise FileNotFoundError(f"{path} is not an activation store: it has no {MANIFEST}. Make one with interp.cache.harvest")
+        raise FileNotFoundError(
+            f"{path} is not an activation store: it has no {MANIFEST}. Make one with interp.cache.harvest"
+        )
     try:
         manifest = json.loads(file.read_text())
     except ValueError as error:
@@ -143,7 +151,8 @@ def shard_files(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_intact(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether all files of a shard are there with the right sizes (contents are checked by `ActivationStore.verify`)."""
+    """Whether all files of a shard are there with the right sizes (contents are checked by
+    `ActivationStore.verify`)."""
     for entry in shard_files(record).values():
         file = path / SHARDS / entry["name"]
         if not file.is_file() or file.stat().st_size != entry["bytes"]:

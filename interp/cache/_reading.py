@@ -18,7 +18,8 @@ from interp.hooks.names import device_of, without_hooks
 
 @dataclass(frozen=True)
 class Layout:
-    """Shape of an activation as a function of batch and positions: `sizes[i]` is None where axis i runs over positions."""
+    """Shape of an activation as a function of batch and positions: `sizes[i]` is None where axis i runs over
+    positions."""
 
     sizes: tuple[int | None, ...]  # without the batch axis
     floating: bool
@@ -57,8 +58,8 @@ def layouts(bridge: Any, names: Sequence[str]) -> dict[str, Layout]:
             (a, floating), (b, _) = small[name], large[name]
             if len(a) != len(b) or (a[:1], b[:1]) != ((1,), (2,)):
                 raise ValueError(
-                    f"{name!r} is {a} for one example and {b} for two: it does not hold examples along its first axis and "
-                    f"cannot be cached per example; read it with interp.hooks.reads"
+                    f"{name!r} is {a} for one example and {b} for two: it does not hold examples along its first "
+                    f"axis and cannot be cached per example; read it with interp.hooks.reads"
                 )
             known[name] = Layout(tuple(None if x != y else x for x, y in zip(a[1:], b[1:], strict=True)), floating)
     return {name: known[name] for name in names}
@@ -83,7 +84,8 @@ def forward(bridge: Any, tokens: Tensor, readers: Mapping[str, Callable[[Tensor]
     """One forward without gradients that hands each activation to its reader and stops above the last one.
 
     Readers run inside the forward, so that an activation they do not keep is freed at once. They see what interventions
-    that are active have made of it. No key-value cache is built.
+    that are active have made of it. The model's default of building a key-value cache is left alone: switching it
+    off changes the memory layout of keys, and with it the last bit of GPT-2's attention scores.
     """
     stop = stop_layer(bridge, list(readers))
     with torch.no_grad(), ExitStack() as stack:
@@ -95,9 +97,9 @@ def forward(bridge: Any, tokens: Tensor, readers: Mapping[str, Callable[[Tensor]
             attach(stack, bridge, name, fire, "fwd")
         tokens = tokens.to(device_of(bridge))
         if stop is None:
-            bridge(tokens, use_cache=False)
+            bridge(tokens)
         else:
-            run_until(bridge, tokens, stop, use_cache=False)
+            run_until(bridge, tokens, stop)
 
 
 def check_tokens(bridge: Any, tokens: Any, what: str = "tokens") -> Tensor:

@@ -1,8 +1,8 @@
 """Which token is which row: batches of a token stream, the rows they give, and the columns that go beside activations.
 
-Row order is that of the stream: examples in turn, positions in turn. Batches are cut from the stream alone, never from what
-is on disk or from the number of processes, so that a batch holds the same examples in every run; on most machines the same
-example in another batch rounds differently in the last bit.
+Row order is that of the stream: examples in turn, positions in turn. Batches are cut from the stream alone, never
+from what is on disk or from the number of processes, so that a batch holds the same examples in every run; on most
+machines the same example in another batch rounds differently in the last bit.
 """
 
 from __future__ import annotations
@@ -75,7 +75,11 @@ class Stream:
                 part = slice(start, start + self.batch_size)
                 kept = keep[part]
                 examples, positions = kept.nonzero(as_tuple=True)
-                columns = {"tokens": tokens[part][kept].long(), "example": examples + first + start, "position": positions}
+                columns = {
+                    "tokens": tokens[part][kept].long(),
+                    "example": examples + first + start,
+                    "position": positions,
+                }
                 columns.update((name, label[part][kept]) for name, label in labels.items())
                 yield Batch(tokens[part], kept, columns)
             first += len(tokens)
@@ -90,8 +94,8 @@ class Stream:
             encoded, names = encode_labels(labels, tuple(tokens.shape))
             if names:
                 raise ValueError(
-                    f"batch {number} has labels in words ({', '.join(names)}); the words of a whole stream are not known "
-                    f"beforehand: give integer codes"
+                    f"batch {number} has labels in words ({', '.join(names)}); the words of a whole stream are not "
+                    f"known beforehand: give integer codes"
                 )
             yield tokens.cpu(), encoded
 
@@ -129,7 +133,9 @@ def make_stream(
         check_tokens(bridge, tokens)
         encoded, names = encode_labels(labels or {}, tuple(tokens.shape))
     elif not isinstance(tokens, Iterable) or isinstance(tokens, str | bytes | Mapping):
-        raise TypeError(f"tokens is a {type(tokens).__name__}; expected ids [example, pos] or an iterable of such tensors")
+        raise TypeError(
+            f"tokens is a {type(tokens).__name__}; expected ids [example, pos] or an iterable of such tensors"
+        )
     elif labels:
         raise ValueError("labels= goes with tokens in one tensor; an iterable yields (tokens, labels) pairs instead")
     kept = None if positions is None else tuple(int(position) for position in positions)
@@ -145,21 +151,28 @@ def encode_labels(labels: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[di
     names: dict[str, list[str]] = {}
     for name, label in labels.items():
         if not name.isidentifier() or name in (*ROW_COLUMNS, "row"):
-            raise ValueError(f"a label cannot be called {name!r}; use a word other than {', '.join((*ROW_COLUMNS, 'row'))}")
+            raise ValueError(
+                f"a label cannot be called {name!r}; use a word other than {', '.join((*ROW_COLUMNS, 'row'))}"
+            )
         if not isinstance(label, Tensor):
             array = np.asarray(label)
             if array.dtype.kind == "U":
                 words, codes = np.unique(array, return_inverse=True)
                 names[name], array = words.tolist(), codes.reshape(array.shape)
             if array.dtype.kind not in "iufb":
-                raise ValueError(f"label {name!r} holds {array.dtype}; expected numbers or text of shape {shape} or {shape[:1]}")
+                raise ValueError(
+                    f"label {name!r} holds {array.dtype}; expected numbers or text of shape {shape} or {shape[:1]}"
+                )
             label = torch.as_tensor(array)
         if tuple(label.shape) not in (shape, shape[:1]):
             raise ValueError(
-                f"label {name!r} has shape {tuple(label.shape)}; tokens has {shape}, so expected that or one per example {shape[:1]}"
+                f"label {name!r} has shape {tuple(label.shape)}; tokens has {shape}, so expected that or one per "
+                f"example {shape[:1]}"
             )
         if dtype_name(label.dtype) not in DTYPES:
-            raise ValueError(f"label {name!r} is {label.dtype}, which a store cannot hold; expected one of {', '.join(DTYPES)}")
+            raise ValueError(
+                f"label {name!r} is {label.dtype}, which a store cannot hold; expected one of {', '.join(DTYPES)}"
+            )
         label = label.detach().cpu()
         encoded[name] = label[:, None].expand(shape) if label.ndim == 1 else label
     return encoded, names

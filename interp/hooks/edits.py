@@ -7,6 +7,7 @@ three uses.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Literal
@@ -59,6 +60,9 @@ def gradients(bridge: Any, selector: str | Sequence[str] | Callable[[str], bool]
     """
     found = _Found("no backward pass of a forward inside the context reached")
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        # where the graph starts at the very hook; the gradient is right
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
         for name in resolve_many(bridge, selector):
             where = hook_name("attn_out", _resid_mid_layer(bridge, name)) if _is_resid_mid(name) else name
 
@@ -110,7 +114,8 @@ def interventions(
             if not editable(bridge, name):
                 raise ValueError(
                     f"an edit of {name!r} has no effect on {bridge.cfg.model_name}: the model computes past this "
-                    f"hook. Edit hook_z, hook_q, hook_k or hook_v instead; interp.self_check(bridge) lists what is unsupported"
+                    f"hook. Edit hook_z, hook_q, hook_k or hook_v instead; "
+                    f"interp.self_check(bridge) lists what is unsupported"
                 )
         for name in ordered:
             _attach_edit(stack, bridge, name, checked(name, edits[name]))

@@ -12,7 +12,6 @@ import fnmatch
 import re
 import warnings
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +48,7 @@ _GATES = {
     "hook_attn_in": "use_attn_in",
     "hook_mlp_in": "use_hook_mlp_in",
 }
+_HOOK_LISTS = ("_forward_hooks", "_backward_hooks", "fwd_hooks", "bwd_hooks")  # torch's and TransformerLens' own
 _BLOCK = re.compile(r"^blocks\.(\d+)\.")
 
 
@@ -169,17 +169,17 @@ def _probe(bridge: Any, flags: tuple[Any, ...]) -> _Live:
     order: dict[int, int] = {}
     returned: list[int] = []
 
-    def record(point: Any, _inputs: Any, _output: Any) -> None:
-        order.setdefault(id(point), len(order))
-
     def note_type(_block: Any, _inputs: Any, output: Any) -> None:
         returned.append(len(output) if isinstance(output, tuple) else 0)
 
-    with without_hooks(bridge), ExitStack() as stack:
-        for point in {id(point): point for point in spellings.values()}.values():
-            stack.callback(point.register_forward_hook(record).remove)
-        stack.callback(bridge.blocks[0].register_forward_hook(note_type).remove)
+    with without_hooks(bridge):
         logits = bridge(probe_tokens(bridge))
+    with without_hooks(bridge), ExitStack() as stack:
+        stack.callback(bridge.blocks[0].register_forward_hook(note_type).remove)
+        for point in {id(point): point for point in spellings.values()}.values():
+            # add_hook and not torch's own: some families compute an activation only for a hook that is listed
+            point.add_hook(lambda _tensor, *, hook, _key=id(point): order.setdefault(_key, len(order)) and None)
+        bridge(probe_tokens(bridge))
     firing = {name: point for name, point in spellings.items() if id(point) in order}
     ordered = sorted(firing, key=lambda name: (order[id(firing[name])], name))
     return _Live(flags, {name: firing[name] for name in ordered}, order, logits, {}, returned[0])
@@ -189,16 +189,18 @@ def _probe(bridge: Any, flags: tuple[Any, ...]) -> _Live:
 def without_hooks(bridge: Any) -> Iterator[None]:
     """Set every hook of the model aside for a probe: no gradient, no random numbers drawn, everything put back."""
     points = list(bridge.hook_points())
-    kept = [(point._forward_hooks, point._backward_hooks) for point in points]
+    kept = [{name: getattr(point, name) for name in _HOOK_LISTS} for point in points]
     device = device_of(bridge)
     try:
         for point in points:
-            point._forward_hooks, point._backward_hooks = OrderedDict(), OrderedDict()
+            for name in _HOOK_LISTS:
+                setattr(point, name, type(getattr(point, name))())
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        for point, (forward, backward) in zip(points, kept, strict=True):
-            point._forward_hooks, point._backward_hooks = forward, backward
+        for point, lists in zip(points, kept, strict=True):
+            for name, hooks in lists.items():
+                setattr(point, name, hooks)
 
 
 def device_of(bridge: Any) -> torch.device:

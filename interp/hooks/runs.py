@@ -116,8 +116,8 @@ class PrefixCache:
                 layer, DynamicSlidingWindowLayer
             ):  # the stored layer holds every position; attention sees a window
                 layer.record_past = False
-                window = layer.sliding_window - 1
-                layer.keys, layer.values = layer.keys[:, :, -window:], layer.values[:, :, -window:]
+                start = max(self.n_tokens - layer.sliding_window + 1, 0)
+                layer.keys, layer.values = layer.keys[:, :, start:], layer.values[:, :, start:]
         past = copy.copy(self.template)
         past.layers = layers
         return past
@@ -137,14 +137,15 @@ def prefix_cache(bridge: Any, tokens: Int[Tensor, "batch pos"], **kwargs: Any) -
             layer.record_past = True  # keep what leaves the window, so that a crop can bring it back
     with torch.no_grad():
         bridge(tokens, past_key_values=past, **{"logits_to_keep": 1, **kwargs})
-    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in past.layers)
-    if not plain or len(past.layers) != len(bridge.blocks) or any(layer.keys is None for layer in past.layers):
-        kinds = sorted({type(layer).__name__ for layer in past.layers})
+    layers: list[Any] = past.layers
+    plain = all(type(layer) in (DynamicLayer, DynamicSlidingWindowLayer) for layer in layers)
+    if not plain or len(layers) != len(bridge.blocks) or any(layer.keys is None for layer in layers):
+        kinds = sorted({type(layer).__name__ for layer in layers})
         raise NotImplementedError(
             f"{bridge.cfg.model_name} caches {', '.join(kinds)}; prefix reuse needs keys and values of every layer. "
             f"Run whole prompts instead (see supports_prefix_reuse)."
         )
-    return PrefixCache(tuple(past.layers), past, int(tokens.shape[0]), int(tokens.shape[1]))
+    return PrefixCache(tuple(layers), past, int(tokens.shape[0]), int(tokens.shape[1]))
 
 
 def run_suffix(

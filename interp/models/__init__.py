@@ -10,8 +10,8 @@ _HOMES = {
     "list_models": "interp.models.embedded",
     "data_dir": "interp.models.embedded",
     "self_check": "interp.models.check",
-    "CheckReport": "interp.models.check",
-    "CheckRow": "interp.models.check",
+    "CheckReport": "interp.models.report",
+    "CheckRow": "interp.models.report",
     "Geometry": "interp.models.identity",
     "geometry": "interp.models.identity",
     "provenance": "interp.models.identity",
@@ -19,15 +19,16 @@ _HOMES = {
 }
 
 __all__ = [
-    "CheckReport", "CheckRow", "Geometry", "data_dir", "geometry", "list_models", "load_model", "provenance", "require_eval",
-    "self_check",
+    "CheckReport", "CheckRow", "Geometry", "data_dir", "geometry", "list_models", "load_model", "provenance",
+    "require_eval", "self_check",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from interp.models.check import CheckReport, CheckRow, self_check
+    from interp.models.check import self_check
     from interp.models.embedded import data_dir, list_models
     from interp.models.identity import Geometry, geometry, provenance, require_eval
     from interp.models.load import load_model
+    from interp.models.report import CheckReport, CheckRow
 
 
 def __getattr__(name: str) -> Any:

@@ -48,16 +48,20 @@ def hub_directory(name: str, *, tokenizer: bool, code: bool = False) -> Path:
         why = "HF_HUB_OFFLINE is set" if _told_offline() else "the hub does not answer"
         raise FileNotFoundError(
             f"{name!r} is not in the local cache and {why}{_hint(repo)}. Use an embedded model "
-            f"(interp.list_models()), pass a directory made by save_pretrained, or download it where there is a network: `hf download {repo}`"
+            f"(interp.list_models()), pass a directory made by save_pretrained, or "
+            f"download it where there is a network: `hf download {repo}`"
         )
     return _download(repo, revision or None, tokenizer, code)
 
 
 def _cached(repo: str, revision: str | None, tokenizer: bool) -> Path | None:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import try_to_load_from_cache
 
+    config = try_to_load_from_cache(repo, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    snapshot = Path(config).parent
     try:
-        snapshot = Path(snapshot_download(repo, revision=revision, local_files_only=True))
         require_model(snapshot, tokenizer=tokenizer)
     except (FileNotFoundError, ValueError):
         return None

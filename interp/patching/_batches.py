@@ -13,11 +13,11 @@ from torch import Tensor
 if TYPE_CHECKING:
     from interp.patching._resume import Reader
 
-# Seconds: fixed cost of a block in one forward, of a token in a block, and of a parameter of the block on a token; the last is the
-# inverse of the throughput of matrix products. Only their ratios matter, and only to speed: a wrong one costs a few per cent.
-# Measured on one CPU core on models of 128 and 768 dimensions; the accelerator's are orders of magnitude.
-_SECONDS = {"cpu": (6e-4, 4e-6, 2e-11), "other": (6e-4, 2e-8, 1e-13)}
-_CPU_TOKENS = 1024  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
+# Seconds: fixed cost of a block in one forward, of a token in a block, of reading a parameter once in a forward, and of a
+# parameter on a token. Only their ratios matter, and only to speed. Measured on one CPU core on models of 128 and 768
+# dimensions (within 10 % from 1 to 500 tokens); the accelerator's are orders of magnitude.
+_SECONDS = {"cpu": (6e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
+_CPU_TOKENS = 2048  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
 _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompute a few positions
 
 
@@ -129,19 +129,20 @@ class Split:
         A group runs from its smallest start. One group for each start computes fewest tokens; fewer groups have less overhead.
         """
         g = self.geometry
-        block, token, parameter = _SECONDS["cpu" if self.device.type == "cpu" else "other"]
+        fixed, token, read, parameter = _SECONDS["cpu" if self.device.type == "cpu" else "other"]
         size = g.d_model * (2 * g.n_heads * g.d_head + 2 * g.n_kv_heads * g.d_head + (3 if g.gated else 2) * g.d_mlp)
-        token += parameter * size
         above = g.n_layers - layer
+        per_forward = (above + 1) * fixed + read * (above * size + g.d_model * g.d_vocab)
+        per_token = above * (token + parameter * size)
         best: list[tuple[float, int]] = [(0.0, 0)]
         for j in range(1, len(starts) + 1):
             options = []
             rows = 0
             for i in range(j - 1, -1, -1):
                 rows += counts[i]
-                tokens = self.n_pos - starts[i] + 0.1 * starts[i]  # copying a prefix costs about a tenth of computing it
+                tokens = self.n_pos - 0.9 * starts[i]  # copying a prefix costs about a tenth of computing it
                 forwards = -(-rows // self._most_rows(self.n_pos - starts[i]))
-                options.append((best[i][0] + forwards * block * (above + 1) + rows * tokens * token * above, i))
+                options.append((best[i][0] + forwards * per_forward + rows * tokens * per_token, i))
             best.append(min(options))
         groups: list[tuple[int, int]] = []
         j = len(starts)

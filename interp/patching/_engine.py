@@ -42,7 +42,7 @@ class Plan:
         spots: Positions patched together, for each coordinate of the result.
         units: Heads or neurons patched one at a time; None patches all of them together.
         replacement: What goes in.
-        noise: Added to the embeddings of these runs before anything is patched.
+        noise: `rows -> [row, pos, d_model]`, added to the embeddings of these runs before anything is patched.
     """
 
     tokens: Int[Tensor, "row pos"]
@@ -51,7 +51,7 @@ class Plan:
     spots: Bool[Tensor, "spot row pos"]
     units: Int[Tensor, "unit"] | None
     replacement: Replacement
-    noise: Float[Tensor, "row pos d_model"] | None = None
+    noise: Callable[[Tensor], Tensor] | None = None
 
     @property
     def layers(self) -> list[int]:
@@ -118,7 +118,7 @@ def _run_base(bridge: Any, plan: Plan, rows: Tensor, split: Split) -> Base:
     wanted = {*streams.values(), *sites.values(), *(name for pair in parts.values() for name in pair)}
     embeddings: dict[str, hooks.Edit] = {}
     if plan.noise is not None:
-        noise = plan.noise[rows].to(device)
+        noise = plan.noise(rows).to(device)
         embeddings[hooks.hook_name("resid_pre", 0)] = lambda resid: resid + noise.to(resid.dtype)
     tokens = plan.tokens[rows].to(device)
     with hooks.interventions(bridge, embeddings), hooks.reads(bridge, sorted(wanted)) as found:

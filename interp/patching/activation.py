@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp import hooks
-from interp.models import geometry, provenance, require_eval
 from interp.patching._batches import Split
-from interp.patching._cells import Cells, Positions, cells, choice
-from interp.patching._engine import Plan, Replacement, Swept, sweep
-from interp.patching._resume import Reader, Resume
+from interp.patching._cells import Positions, cells, choice
+from interp.patching._engine import Plan, Replacement, sweep
+from interp.patching._measure import checked, effects_of, embedding_std, gaussian_rows, score
+from interp.patching._resume import Reader
 from interp.patching._sites import STREAM, read_site
 from interp.patching.effects import Effects
-from interp.results import labelled
 from interp.types import DIRECTIONS, SITES, VALUES, Direction, Metric, Site, Value
 
 _REFERENCE: dict[Value, str] = {
@@ -134,91 +132,6 @@ def activation_patch(
     return effects_of(bridge, prompts, metric, where, swept, intact, site=site, direction=direction, value=value, settings=settings)
 
 
-def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Any:
-    """The geometry of a model on which this site of these prompts can be patched; raises before anything runs."""
-    require_eval(bridge)
-    prompts.check(bridge)
-    if not callable(metric):
-        raise ValueError(f"metric is {type(metric).__name__}; pass a function of logits, such as interp.metrics.logit_difference(prompts)")
-    if len(prompts) == 0:
-        raise ValueError("there are no prompts")
-    if hasattr(metric, "select") and hasattr(metric, "__len__") and len(metric) != len(prompts):
-        raise ValueError(f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; build it from these")
-    found = geometry(bridge)
-    if site == "pattern" and found.delegated_attention:
-        raise ValueError(
-            f"the attention of {bridge.cfg.model_name} is computed where its pattern cannot be edited; patch site='z', 'q' or 'k'"
-        )
-    try:
-        hooks.resolve(bridge, hooks.hook_name(site, 0))
-    except KeyError as error:
-        raise ValueError(f"site={site!r} cannot be patched: {error.args[0]}") from error
-    return found
-
-
-def score(bridge: Any, tokens: Tensor, reader: Reader, split: Split) -> Tensor:
-    """The metric on the first draw of rows, unpatched, by example."""
-    parts = []
-    for rows in split.chunks(reader.n_examples, 0):
-        with torch.no_grad():
-            resid = hooks.run_until(bridge, tokens[rows].to(split.device), split.geometry.n_layers - 1)
-            parts.append(Resume(bridge, reader, rows, resid, None).baseline)
-    return torch.cat(parts)
-
-
-def embedding_std(bridge: Any) -> float:
-    """Standard deviation of all entries of the embedding as it enters the stream (scaled, in models that scale it)."""
-    weight = bridge.W_E
-    token = torch.zeros(1, 1, dtype=torch.long, device=weight.device)
-    with torch.no_grad(), hooks.reads(bridge, "hook_embed") as found:
-        hooks.run_until(bridge, token, 0)
-    scale = float(found["hook_embed"][0, 0].float().norm() / weight[0].float().norm())
-    return scale * float(weight.float().std())
-
-
-def effects_of(
-    bridge: Any,
-    prompts: Any,
-    metric: Any,
-    where: Cells,
-    swept: Swept,
-    intact: Tensor,
-    *,
-    site: Site,
-    direction: Direction,
-    value: Value,
-    settings: dict[str, Any],
-) -> Effects:
-    """The labelled result: draws averaged, axes that were not swept dropped."""
-    n = len(prompts)
-    unit = str(getattr(metric, "unit", "metric"))
-    name = str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
-    values = swept.values.unflatten(-1, (-1, n)).mean(-2)  # [window, spot, unit, example]
-    baseline = swept.baseline.unflatten(-1, (-1, n)).mean(0)
-    own = next((axis for axis in where.axes if axis not in ("layer", "pos")), None)
-    dims = ["layer", "pos", own or "unit", "example"]
-    coords: dict[str, Any] = {"layer": list(where.layers), "example": list(range(n))}
-    if "pos" in where.axes:
-        coords |= {"pos": where.labels, "token": ("pos", where.tokens)}
-    if own is not None and where.units is not None:
-        coords[own] = where.units.tolist()
-    array = labelled(values, dims, coords, unit=unit)
-    array = array.squeeze([dim for dim in dims[:3] if dim not in where.axes]).transpose(*where.axes, "example")
-    ends = {"denoise": (intact, baseline), "noise": (baseline, intact)}[direction]
-    clean, corrupted = (labelled(end, ["example"], {"example": list(range(n))}, unit=unit) for end in ends)
-    record = provenance(
-        bridge,
-        **settings,
-        axes=list(where.axes),
-        layers=list(where.layers),
-        positions=[str(label) for label in where.labels],
-        prompts={"name": prompts.name, "seed": prompts.seed, "n": n, "tokens": int(prompts.clean.shape[1])},
-        metric={"name": name, "unit": unit},
-        cost=swept.cost,
-    )
-    return Effects(array, record, clean, corrupted, direction, site, value, name)
-
-
 def _replacement(
     bridge: Any, other: Tensor, site: Site, value: Value, layers: Sequence[int], split: Split, *, n_draws: int, sigma: float, seed: int
 ) -> Replacement:
@@ -242,8 +155,12 @@ def _replacement(
             for layer, tensor in read(rows).items():
                 total[layer] = total.get(layer, 0) + tensor.float().sum(0)
         return lambda rows, own: {layer: (total[layer] / n).to(own[layer].dtype).expand_as(own[layer]) for layer in layers}
-    noise = sigma * torch.randn(n * n_draws, n_pos, 1, split.geometry.d_model, generator=generator)
-    return lambda rows, own: {layer: own[layer] + noise[rows].to(own[layer]) for layer in layers}
+
+    def noised(rows: Tensor, own: dict[int, Tensor]) -> dict[int, Tensor]:
+        noise = sigma * gaussian_rows(rows, n_pos, split.geometry.d_model, seed).unsqueeze(2)
+        return {layer: tensor + noise.to(tensor) for layer, tensor in own.items()}
+
+    return noised
 
 
 def derangement(n: int, generator: torch.Generator) -> Tensor:

@@ -5,17 +5,22 @@ Nothing here imports a model, shows a figure or touches plotly's global template
 cells that were not measured (NaN) are grey.
 """
 
-from interp.plotting.export import PNG, SavedPNG, find_browser, png_bytes, save_html, save_png
+from interp.plotting.attention import MAX_PATTERN, AttentionView, attention_view
+from interp.plotting.browser import find_browser
+from interp.plotting.export import PNG, SavedPNG, png_bytes, save_html, save_png
 from interp.plotting.heatmaps import heatmap, heatmaps, layer_head, layer_position
 from interp.plotting.series import bars, lines, strip
 from interp.plotting.style import MAX_CELLS, MAX_POINTS, ROLE_COLOURS, token_labels, visible_token
 
 __all__ = [
+    "AttentionView",
     "MAX_CELLS",
+    "MAX_PATTERN",
     "MAX_POINTS",
     "PNG",
     "ROLE_COLOURS",
     "SavedPNG",
+    "attention_view",
     "bars",
     "find_browser",
     "heatmap",

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import concurrent.futures
 import os
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +37,27 @@ def find_browser() -> str | None:
     return str(path) if path and Path(path).is_file() else None
 
 
-def render(figure: dict[str, Any], *, width: int, height: int, scale: float) -> bytes:
+def render(figure: dict[str, Any], *, width: int, height: int, scale: float | int) -> bytes:
     """PNG bytes of a plotly figure given as a dictionary.
 
     Raises:
         BrowserError: If the browser does not start or does not answer; errors of the figure itself come as they are.
     """
-    kaleido = _running()
+    from choreographer import errors
+
+    shared = _running()
     options = {"format": "png", "width": width, "height": height, "scale": scale}
-    return kaleido.call(kaleido.browser.calc_fig(figure, options), RENDER_TIMEOUT)
+    try:
+        return shared.call(shared.browser.calc_fig(figure, options), RENDER_TIMEOUT + 10)
+    except (errors.ChannelClosedError, errors.BrowserClosedError, errors.BrowserFailedError) as error:
+        raise BrowserError(f"the browser at {find_browser()} stopped while drawing: {error}") from error
 
 
 def close() -> None:
-    """Close the browser if one is running; the next `render` starts another."""
-    global _shared
+    """Close the browser if one is running and forget failed starts; the next `render` starts another."""
     with _lock:
-        if _shared is not None and _shared.pid == os.getpid():
-            _shared.close()
-        _shared = None
+        _failed.clear()
+        _drop()
 
 
 class _Shared:
@@ -73,13 +78,17 @@ class _Shared:
             self._stop_loop()
             raise
 
-    def call(self, coroutine: Any, timeout: float) -> Any:
+    def call(self, coroutine: Any, timeout: float | int) -> Any:
         future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
         try:
             return future.result(timeout)
-        except TimeoutError as error:
+        except (TimeoutError, asyncio.TimeoutError, concurrent.futures.TimeoutError) as error:  # one class from 3.11
             future.cancel()
             raise BrowserError(f"the browser at {find_browser()} did not answer within {timeout:g} s") from error
+
+    def alive(self) -> bool:
+        # a forked child has no copy of the thread
+        return self.pid == os.getpid() and self.browser.subprocess.poll() is None
 
     def close(self) -> None:
         try:
@@ -100,15 +109,30 @@ async def _make(kaleido_class: Any) -> Any:
 
 _lock = threading.Lock()
 _shared: _Shared | None = None
+_failed: dict[str | None, str] = {}  # browsers that did not start, so that not every figure waits for one again
 
 
 def _running() -> _Shared:
     global _shared
     with _lock:
-        if _shared is None or _shared.pid != os.getpid():  # a forked child has no copy of the thread
+        path = find_browser()
+        if path in _failed:
+            raise BrowserError(_failed[path])
+        if _shared is None or not _shared.alive():
+            _drop()
             try:
                 _shared = _Shared()
             except Exception as error:
-                raise BrowserError(f"the browser at {find_browser()} did not start: {error}") from error
+                _failed[path] = f"the browser at {path} did not start: {error.args[0] if error.args else error!r}"
+                raise BrowserError(_failed[path]) from error
             atexit.register(close)
         return _shared
+
+
+def _drop() -> None:
+    """Let go of the browser, also if it died; the lock must be held."""
+    global _shared
+    shared, _shared = _shared, None
+    if shared is not None and shared.pid == os.getpid():
+        with suppress(Exception):  # a browser that died cannot be closed in order
+            shared.close()

@@ -41,7 +41,7 @@ def png_bytes(
     *,
     width: int | None = None,
     height: int | None = None,
-    scale: float = 2,
+    scale: float | int = 2,
     renderer: Renderer = "auto",
 ) -> PNG:
     """The figure as PNG: drawn by a headless browser where there is one, otherwise by matplotlib.
@@ -95,7 +95,7 @@ def save_png(
     *,
     width: int | None = None,
     height: int | None = None,
-    scale: float = 2,
+    scale: float | int = 2,
     renderer: Renderer = "auto",
 ) -> SavedPNG:
     """Write the figure as a PNG file and say which renderer drew it. Arguments and errors as for `png_bytes`."""
@@ -128,7 +128,7 @@ def save_html(
     return target
 
 
-def _with_matplotlib(figure: go.Figure, width: int, height: int, scale: float, why: str) -> PNG:
+def _with_matplotlib(figure: go.Figure, width: int, height: int, scale: float | int, why: str) -> PNG:
     from interp.plotting.raster import draw, to_png
 
     return PNG(_checked(to_png(draw(figure, width=width, height=height), scale)), "matplotlib", why)

@@ -61,7 +61,7 @@ def draw_grid(
     unit: str,
     signed: bool,
     origin: str = "bottom",
-    limit: float | None = None,
+    limit: float | int | None = None,
     colours: Sequence[str] | None = None,
     columns: int = 1,
     square: bool = False,
@@ -101,7 +101,7 @@ def draw_grid(
             _note(figure, name, start + width / plot_width / 2, top, "center", "bottom", size=FONT_SIZE)
     missing = any(np.isnan(p.values).any() for p in panels.values())
     if missing:
-        _note(figure, "grey: not measured", 1, 0, "left", "top", size=FONT_SIZE - 3, colour="#666666", shift=8)
+        _note(figure, "grey: not measured", 1.0, 0.0, "left", "top", size=FONT_SIZE - 3, colour="#666666", shift=12)
     figure.update_layout(
         coloraxis=_colour_axis(unit, low, high, colours or (DIVERGING if signed else SEQUENTIAL), plot_height)
     )
@@ -120,12 +120,13 @@ def _check_size(panels: dict[str, Panel]) -> None:
         )
 
 
-def _range(panels: dict[str, Panel], signed: bool, limit: float | None) -> tuple[float, float]:
+def _range(panels: dict[str, Panel], signed: bool, limit: float | int | None) -> tuple[float, float]:
     finite = np.concatenate([p.values[np.isfinite(p.values)] for p in panels.values()])
     if finite.size == 0:
         raise ValueError("every cell is NaN: nothing was measured, so there is nothing to draw")
     if limit is not None and not limit > 0:
         raise ValueError(f"limit must be positive, got {limit}")
+    limit = None if limit is None else float(limit)
     if signed:
         high = limit or float(np.abs(finite).max()) or 1.0
         return -high, high
@@ -208,7 +209,7 @@ def _note(
     colour: str | None = None,
     shift: int = 0,
 ) -> None:
-    """Text at a place on the paper, moved right and down by `shift` pixels."""
+    """Text at a place on the paper, moved right and down by `shift` pixels to clear the ticks."""
     place = {"x": x, "y": y, "xref": "paper", "yref": "paper", "xanchor": xanchor, "yanchor": yanchor}
     font = {"size": size, "color": colour}
     figure.add_annotation(text=escape(text), showarrow=False, xshift=shift, yshift=-shift, font=font, **place)

@@ -26,7 +26,7 @@ def heatmap(
     signed: bool = True,
     origin: Literal["bottom", "top"] = "bottom",
     hover: Mapping[str, Any] | None = None,
-    limit: float | None = None,
+    limit: float | int | None = None,
     colours: Sequence[str] | None = None,
     dims: tuple[str, str] | None = None,
 ) -> go.Figure:
@@ -63,7 +63,7 @@ def heatmaps(
     tokens: Sequence[str] | None = None,
     signed: bool = True,
     origin: Literal["bottom", "top"] = "bottom",
-    limit: float | None = None,
+    limit: float | int | None = None,
     colours: Sequence[str] | None = None,
     columns: int | None = None,
     square: bool = False,
@@ -74,7 +74,8 @@ def heatmaps(
 
     Args:
         panels: 2-D DataArrays by name, in the order in which they are drawn.
-        tokens: Labels of the dimension `pos` for every panel that has it; the coordinate `token` by default.
+        tokens: One per position, for the dimensions `pos`, `dest` and `src` of every panel that has them; the
+            coordinate `token` by default.
         columns: Panels per row; by default all in one row where that stays legible, otherwise one below the other.
         square: Give every panel equal sides, as for attention patterns.
 
@@ -108,10 +109,10 @@ def layer_position(
     tokens: Sequence[str] | None = None,
     *,
     title: str = "Effect by layer and position",
-    unit: str = "effect",
+    unit: str | None = None,
     signed: bool = True,
     hover: Mapping[str, Any] | None = None,
-    limit: float | None = None,
+    limit: float | int | None = None,
 ) -> go.Figure:
     """Heat map with layers on the y axis (layer 0 at the bottom) and positions, labelled with tokens, on the x axis.
 
@@ -120,11 +121,13 @@ def layer_position(
             array or tensor `[layer, pos]`.
         tokens: One token per position; the coordinate `token` by default. Spaces are made visible, and a token that
             occurs twice is followed by its position.
+        unit: Unit of the values; `values.attrs["unit"]` by default.
 
     Other arguments and errors as for `heatmap`.
     """
     values = _layer_first(values, "layer_position", "pos")
     values = _token_coordinate(values, tokens)
+    unit = unit or str(values.attrs.get("unit", "effect"))
     return heatmap(values, title=title, unit=unit, signed=signed, hover=hover, limit=limit)
 
 
@@ -132,10 +135,10 @@ def layer_head(
     values: Any,
     *,
     title: str = "Effect by layer and head",
-    unit: str = "effect",
+    unit: str | None = None,
     signed: bool = True,
     hover: Mapping[str, Any] | None = None,
-    limit: float | None = None,
+    limit: float | int | None = None,
     label_top: int = 0,
 ) -> go.Figure:
     """Heat map with layers on the y axis (layer 0 at the bottom) and heads on the x axis; hovering names a head (L9H6).
@@ -143,26 +146,27 @@ def layer_head(
     Args:
         values: DataArray with the dimension `layer` and `head` (or `kv_head`), in either order; or an array or tensor
             `[layer, head]`.
+        unit: Unit of the values; `values.attrs["unit"]` by default.
         label_top: Write the name into this many cells with the largest absolute values.
 
     Other arguments and errors as for `heatmap`.
     """
     values = _layer_first(values, "layer_head", "head")
+    unit = unit or str(values.attrs.get("unit", "effect"))
     figure = heatmap(values, title=title, unit=unit, signed=signed, hover=hover, limit=limit)
-    layers, heads = (values[dim].values for dim in values.dims)
-    magnitude = np.abs(values.values)
-    order = np.argsort(np.where(np.isnan(magnitude), -np.inf, magnitude), axis=None)[::-1][:label_top]
-    scale = figure.layout.coloraxis.cmax or 1.0  # type: ignore[union-attr]
-    for row, column in np.stack(np.unravel_index(order, magnitude.shape), axis=1):
-        if np.isnan(magnitude[row, column]):
-            continue
-        dark = not signed or magnitude[row, column] > 0.6 * scale
+    trace: Any = figure.data[0]
+    magnitude = np.abs(trace.z)
+    order = [i for i in np.argsort(-magnitude, axis=None) if not np.isnan(magnitude.flat[i])]  # NaN sorts last
+    scale = figure.layout.coloraxis.cmax  # type: ignore[union-attr]
+    for row, column in (np.unravel_index(i, magnitude.shape) for i in order[:label_top]):
+        strong = magnitude[row, column] > 0.6 * scale
         figure.add_annotation(
-            x=heads[column],
-            y=layers[row],
-            text=f"L{layers[row]}H{heads[column]}",
+            x=trace.x[column],
+            y=trace.y[row],
+            text=f"L{trace.y[row]}H{trace.x[column]}",
             showarrow=False,
-            font={"size": FONT_SIZE - 4, "color": "white" if dark else "#222222"},
+            # Strong cells are dark on the diverging scale and light on the sequential one.
+            font={"size": FONT_SIZE - 4, "color": "white" if strong == signed else "#222222"},
         )
     return figure
 
@@ -183,8 +187,11 @@ def _panel(
         raise ValueError(
             f"{name} is infinite at [{row}, {column}]; a colour scale cannot show that, use NaN for no value"
         )
-    extra = {str(key): to_numpy(item).astype(np.float32) for key, item in (hover or {}).items()}
-    for key, item in extra.items():
+    extra = {}
+    for key, item in (hover or {}).items():
+        if isinstance(item, xr.DataArray) and set(item.dims) == set(array.dims):
+            item = item.transpose(*array.dims)
+        extra[str(key)] = item = to_numpy(item).astype(np.float32)
         if item.shape != numbers.shape:
             raise ValueError(
                 f"hover[{key!r}] has shape {item.shape} but {name} has {numbers.shape}; they must be equal"
@@ -222,24 +229,25 @@ def _axis(array: xr.DataArray, place: int, labels: Sequence[str] | None) -> Axis
     size = array.shape[place]
     title = _TITLES.get(dim, dim.replace("_", " ").capitalize())
     coordinate = array.coords[dim].values if dim in array.coords else np.arange(size)
-    token_axis = labels is None and f"{dim}_label" not in array.coords and _tokens_of(array, dim) is not None
+    tokens = _tokens_of(array, dim) if labels is None else None
     if labels is not None:
         if len(labels) != size:
             raise ValueError(f"got {len(labels)} labels for the dimension {dim!r} of size {size}; give one per entry")
-    elif token_axis:
-        labels = token_labels(list(_tokens_of(array, dim)), coordinate)  # type: ignore[arg-type]
+    elif tokens is not None:
+        labels = token_labels(list(tokens), coordinate.tolist())
         title = f"{title} (token)"
     elif np.issubdtype(coordinate.dtype, np.integer) and (size == 1 or (np.diff(coordinate) == 1).all()):
         return Axis([int(c) for c in coordinate], title, category=False)
     else:
         labels = [f"{c:g}" if isinstance(c, (float, np.floating)) else str(c) for c in coordinate]
-    return Axis(_unique([escape(str(label)) for label in labels]), title, category=True, monospace=token_axis)
+    return Axis(_unique([escape(str(label)) for label in labels]), title, category=True, monospace=tokens is not None)
 
 
 def _tokens_of(array: xr.DataArray, dim: str) -> np.ndarray | None:
-    """The coordinate `token` if it runs along this dimension alone."""
-    if "token" in array.coords and array.coords["token"].dims == (dim,):
-        return array.coords["token"].values
+    """The coordinate `token` or `{dim}_token` that runs along this dimension alone."""
+    for name in (f"{dim}_token", "token"):
+        if name in array.coords and array.coords[name].dims == (dim,):
+            return array.coords[name].values
     return None
 
 
@@ -249,11 +257,17 @@ def _unique(labels: list[str]) -> list[str]:
 
 
 def _token_coordinate(values: Any, tokens: Sequence[str] | None) -> Any:
-    if tokens is None or not isinstance(values, xr.DataArray) or "pos" not in values.dims:
+    if tokens is None or not isinstance(values, xr.DataArray):
         return values
-    if len(tokens) != values.sizes["pos"]:
-        raise ValueError(f"got {len(tokens)} tokens for {values.sizes['pos']} positions; give one token per position")
-    return values.assign_coords(token=("pos", [str(token) for token in tokens]))
+    texts = [str(token) for token in tokens]
+    for dim in ("pos", "dest", "src"):
+        if dim in values.dims:
+            if len(texts) != values.sizes[dim]:
+                raise ValueError(
+                    f"got {len(texts)} tokens for {values.sizes[dim]} positions ({dim}); give one per position"
+                )
+            values = values.assign_coords({"token" if dim == "pos" else f"{dim}_token": (dim, texts)})
+    return values
 
 
 def _layer_first(values: Any, function: str, other: str) -> xr.DataArray:

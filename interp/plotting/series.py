@@ -36,7 +36,7 @@ def lines(
     title: str,
     unit: str,
     x_title: str | None = None,
-    reference: float | None = None,
+    reference: float | int | None = None,
     log_x: bool = False,
     height: int = 400,
     width: int = 680,
@@ -107,7 +107,7 @@ def bars(
     unit: str,
     x_title: str | None = None,
     horizontal: bool = False,
-    reference: float | None = None,
+    reference: float | int | None = None,
     height: int | None = None,
     width: int | None = None,
 ) -> go.Figure:
@@ -125,7 +125,7 @@ def bars(
     for colour, name, part in _groups(frame, group):
         if part[x].duplicated().any():
             twice = part.loc[part[x].duplicated(), x].iloc[0]
-            raise ValueError(f"several bars for {x}={twice!r} in group {name!r}; average them or pass group=")
+            raise ValueError(f"several bars for {x}={twice} in group {name!r}; average them or pass group=")
         at, value = [escape(str(label)) for label in part[x]], part[y].to_numpy(dtype=float)
         if group is None:  # one series: only bars that are roles differ in colour
             colour = [ROLE_COLOURS.get(str(label), colour) for label in part[x]]
@@ -184,7 +184,7 @@ def strip(
     unit: str,
     labels: Sequence[str] | None = None,
     group_title: str | None = None,
-    reference: float | None = None,
+    reference: float | int | None = None,
     height: int = 400,
     width: int | None = None,
 ) -> go.Figure:
@@ -359,8 +359,8 @@ def _strip_groups(values: Any) -> tuple[dict[str, np.ndarray], str | None]:
         values = xr.DataArray(to_numpy(values), dims=("example",) if to_numpy(values).ndim == 1 else None)
     if "example" not in values.dims or values.ndim > 2:
         raise ValueError(
-            f"strip needs the dimension example and at most one other but got {dict(values.sizes)}; select the cells to "
-            "show, for example effects.values.sel(layer=9, head=6)"
+            f"strip needs the dimension example and at most one other but got {dict(values.sizes)}; select the cells "
+            "to show, for example effects.values.sel(layer=9, head=6)"
         )
     if values.ndim == 1:
         return {str(values.name or ""): values.values.astype(float)}, None
@@ -397,7 +397,7 @@ def _finish(
     height: int,
     frame: pd.DataFrame,
     group: str | None,
-    reference: float | None,
+    reference: float | int | None,
     *,
     horizontal: bool = False,
     margin: dict[str, int] | None = None,

@@ -116,8 +116,8 @@ def series_colours(names: Sequence[str]) -> list[str]:
 
 def apply_layout(figure: go.Figure, *, title: str, width: int, height: int, margin: dict[str, int]) -> go.Figure:
     """Give one figure the house style; plotly's global template is neither read nor changed."""
+    figure.layout.template = go.layout.Template()  # assigned, not updated: the session's default is already in there
     figure.update_layout(
-        template=go.layout.Template(),  # an empty template, or the session's default would leak into the figure
         title={"text": escape(title), "x": 0, "xref": "container", "xanchor": "left", "pad": {"l": 16},
                "font": {"size": FONT_SIZE + 3}},
         font={"family": FONT, "size": FONT_SIZE, "color": "#222222"},

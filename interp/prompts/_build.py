@@ -22,8 +22,8 @@ T = TypeVar("T")
 class Pair:
     """One example before tokenisation.
 
-    `answers` and `foils` are strings that follow the prompt; the first of each is the pair that a logit difference compares, and all of
-    them are the sets of a probability difference where there are several.
+    `answers` and `foils` are strings that follow the prompt; the first of each is the pair that a logit difference
+    compares, and all of them are the sets of a probability difference where there are several.
     """
 
     clean: Text
@@ -74,7 +74,18 @@ def fill(template: str, **slots: str) -> Text:
     return Text(text, spans)
 
 
-def document_text(document: Document, stop: int, parts: Mapping[str, int], words: Mapping[int, str] | None = None) -> Text:
+def joined(*texts: Text) -> Text:
+    """Texts one after another, as they are; a part keeps the name it had, the last of several with one name."""
+    text, spans = "", {}
+    for part in texts:
+        spans |= {name: (len(text) + start, len(text) + end) for name, (start, end) in part.spans.items()}
+        text += part.text
+    return Text(text, spans)
+
+
+def document_text(
+    document: Document, stop: int, parts: Mapping[str, int], words: Mapping[int, str] | None = None
+) -> Text:
     """The first `stop` words of a tinyworld document as text, with named parts given by word index.
 
     Args:
@@ -97,7 +108,10 @@ def world_split(task: str, split: Split | None, *, world: bool) -> Split:
     if split not in (None, "train", "heldout"):
         raise ValueError(f"split must be 'train', 'heldout' or None, got {split!r}")
     if split is not None and not world:
-        raise ValueError(f"split={split!r} is a tinyworld option: nothing is known of what this model was trained on. Leave it out of {task}()")
+        raise ValueError(
+            f"split={split!r} is a tinyworld option: nothing is known of what this model was trained on. "
+            f"Leave it out of {task}()"
+        )
     return split or "heldout"
 
 
@@ -130,8 +144,9 @@ def single_tokens(bridge: Any, words: Iterable[str]) -> list[str]:
 
 def too_few(bridge: Any, task: str, what: str, kept: int, given: int, needed: int) -> ValueError:
     return ValueError(
-        f"{task} needs at least {needed} {what} that are single tokens of this tokenizer (vocabulary of {len(bridge.tokenizer)}), but "
-        f"only {kept} of {given} are. prompts.induction works with any tokenizer, and prompts.from_text takes one's own strings"
+        f"{task} needs at least {needed} {what} that are single tokens of this tokenizer (vocabulary of "
+        f"{len(bridge.tokenizer)}), but only {kept} of {given} are. prompts.induction works with any tokenizer, and "
+        "prompts.from_text takes one's own strings"
     )
 
 
@@ -144,10 +159,9 @@ def require(bridge: Any, task: str, what: str, words: Sequence[str], needed: int
 
 
 def of_one_length(bridge: Any, templates: Sequence[T], render: Callable[[T], Text]) -> list[T]:
-    """The templates whose prompts have the commonest length in tokens (the shortest such length), so that they share a batch."""
+    """The templates whose prompts have the commonest length in tokens (on a tie the first), to share a batch."""
     lengths = [len(pieces(require_tokenizer(bridge), render(template).text)) for template in templates]
-    counts = Counter(lengths)
-    wanted = min(counts, key=lambda length: (-counts[length], length))
+    wanted = Counter(lengths).most_common(1)[0][0]
     return [template for template, length in zip(templates, lengths, strict=True) if length == wanted]
 
 

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from interp.prompts._prompts import Prompts
 from interp.prompts._tokens import (
@@ -39,16 +38,18 @@ def from_text(
         bridge: The model; only its tokenizer and configuration are read.
         clean: The intact prompts.
         corrupted: The same prompts with the deciding words changed, of equal length in tokens.
-        answers: The right next word of each clean prompt, one token each. Most tokenizers write the leading space into the token:
-            `" Mary"`, not `"Mary"`.
+        answers: The right next word of each clean prompt, one token each. Most tokenizers write the leading space into
+            the token: `" Mary"`, not `"Mary"`.
         foils: The word it is compared with, one token each.
-        positions: Name to a part of the clean prompt that occurs in it once (one string for all examples or one per example; its
-            last token is the position), or to token indices counted from 0, BOS included. `"end"` is the last token unless given.
+        positions: Name to a part of the clean prompt that occurs in it once (one string for all examples or one per
+            example; its last token is the position), or to token indices counted from 0, BOS included. `"end"` is the
+            last token unless given.
         labels: Name to one plain value per example.
 
     Raises:
-        ValueError: If an answer is not a single token, clean and corrupted differ in length, prompts differ in length among each
-            other, a text is empty, spells out BOS or ends in a space, or a named part is not found exactly once.
+        ValueError: If an answer is not a single token, clean and corrupted differ in length, prompts differ in length
+            among each other, a text is empty, spells out BOS or ends in a space, or a named part is not found exactly
+            once.
     """
     rows = _rows(bridge, clean, corrupted, answers, foils, positions)
     lengths: dict[int, list[int]] = {}
@@ -101,7 +102,9 @@ def from_parts(
     rows = []
     for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)):
         row = _row(bridge, i, a.text, b.text, answers[i], foils[i])
-        row["positions"] = {key: last_token_of(row["encoded"], span, f"example {i}, {key}") for key, span in a.spans.items()}
+        row["positions"] = {
+            key: last_token_of(row["encoded"], span, f"example {i}, {key}") for key, span in a.spans.items()
+        }
         rows.append(row)
     prompts = _assemble(bridge, rows, range(len(rows)), labels, name, seed)
     return prompts.check(bridge)
@@ -126,7 +129,9 @@ def _rows(
     rows = []
     for i in range(len(clean)):
         row = _row(bridge, i, clean[i], corrupted[i], answers[i], foils[i])
-        row["positions"] = {key: _named(row["encoded"], clean[i], key, part, i, len(clean)) for key, part in (positions or {}).items()}
+        row["positions"] = {
+            key: _named(row["encoded"], clean[i], key, part, i, len(clean)) for key, part in (positions or {}).items()
+        }
         rows.append(row)
     return rows
 
@@ -135,8 +140,9 @@ def _row(bridge: Any, i: int, clean: str, corrupted: str, answer: str, foil: str
     a, b = encode(bridge, clean), encode(bridge, corrupted)
     if len(a.ids) != len(b.ids):
         raise ValueError(
-            f"example {i}: clean has {len(a.ids)} tokens and corrupted {len(b.ids)}, so their positions do not correspond; "
-            f"{side_by_side(require_tokenizer(bridge), a.ids, b.ids)}. Replace words by others of as many tokens"
+            f"example {i}: clean has {len(a.ids)} tokens and corrupted {len(b.ids)}, so their positions do not "
+            f"correspond; {side_by_side(require_tokenizer(bridge), a.ids, b.ids)}. Replace words by others of as many "
+            "tokens"
         )
     try:
         answer_id, foil_id = answer_token(bridge, clean, answer), answer_token(bridge, clean, foil)
@@ -157,16 +163,26 @@ def _named(encoded: Encoded, text: str, key: str, part: Any, i: int, n: int) -> 
 
 
 def _assemble(
-    bridge: Any, rows: list[dict[str, Any]], index: Sequence[int], labels: Mapping[str, Any] | None, name: str, seed: int | None = None
+    bridge: Any,
+    rows: list[dict[str, Any]],
+    index: Sequence[int],
+    labels: Mapping[str, Any] | None,
+    name: str,
+    seed: int | None = None,
 ) -> Prompts:
     chosen = [rows[i] for i in index]
     lengths = sorted({len(row["clean"]) for row in chosen})
     if len(lengths) > 1:
         raise ValueError(f"{name}: the prompts have lengths {lengths} in tokens; rows are never padded")
-    tensors: dict[str, Tensor] = {key: torch.tensor([row[key] for row in chosen]) for key in ("clean", "corrupted", "answers", "foils")}
-    ids = {token for key in tensors for token in tensors[key].flatten().tolist()}
+    clean, corrupted, answers, foils = (
+        torch.tensor([row[key] for row in chosen]) for key in ("clean", "corrupted", "answers", "foils")
+    )
+    ids = {token for tensor in (clean, corrupted, answers, foils) for token in tensor.flatten().tolist()}
     return Prompts(
-        **tensors,
+        clean,
+        corrupted,
+        answers,
+        foils,
         positions={key: torch.tensor([row["positions"][key] for row in chosen]) for key in chosen[0]["positions"]},
         labels={key: tuple(values[i] for i in index) for key, values in (labels or {}).items()},
         strings=token_strings(bridge.tokenizer, ids),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from interp import tinyworld
 from interp.prompts._build import (
@@ -40,6 +40,13 @@ Corruption = Literal["s2_io_flip", "s2_random", "abc"]
 Order = Literal["ABBA", "BABA"]
 
 
+class _Slots(NamedTuple):
+    io: str
+    subject: str
+    place: str
+    thing: str
+
+
 def ioi(
     bridge: Any,
     n: int = 64,
@@ -50,19 +57,20 @@ def ioi(
     template: int | None = None,
     split: Split | None = None,
 ) -> Prompts:
-    """Two people, one acts again, the other receives: the answer is the name said once (IO), the foil the one said twice (S).
+    """Two people, one acts again, the other receives: the answer is the name said once, the foil the one said twice.
 
-    Examples come in twos that differ only in the order of the first two names, so ABBA and BABA are balanced exactly over names,
-    templates, places and things. Positions: `io`, `s1`, `s1+1` (the token after the subject's first mention), `s2`, `end`.
+    Examples come in twos that differ only in the order of the first two names, so ABBA and BABA are balanced exactly
+    over names, templates, places and things. Positions: `io`, `s1`, `s1+1` (the token after the subject's first
+    mention), `s2`, `end`.
 
     Args:
         bridge: The model; its tokenizer decides between tinyworld prompts and English ones.
         n: Number of examples.
         seed: Seed of every choice.
         corruption: What the corrupted prompt changes.
-            `"s2_io_flip"`: S2 becomes IO, which makes the subject the right answer (symmetric token replacement: the logit difference
-            changes its sign). `"s2_random"`: S2 becomes a third name. `"abc"`: all three mentions become three other names (the ABC
-            prompts of the paper); nothing then favours answer or foil.
+            `"s2_io_flip"`: S2 becomes IO, which makes the subject the right answer (symmetric token replacement: the
+            logit difference changes its sign). `"s2_random"`: S2 becomes a third name. `"abc"`: all three mentions
+            become three other names (the ABC prompts of the paper); nothing then favours answer or foil.
         order: Only `"ABBA"` (IO named first) or only `"BABA"`.
         template: Index of one template; all that have the commonest length by default.
         split: tinyworld only. `"heldout"` (default): pairs of names that the models never saw together.
@@ -71,8 +79,8 @@ def ioi(
         ValueError: If the tokenizer has too few single-token names, places or things.
 
     Source:
-        Wang et al. 2022 (arXiv:2211.00593); symmetric replacement as recommended by Zhang & Nanda 2023 (arXiv:2309.16042), named as in
-        MIB (arXiv:2504.13151). Templates and names are our own.
+        Wang et al. 2022 (arXiv:2211.00593); symmetric replacement as recommended by Zhang & Nanda 2023
+        (arXiv:2309.16042), named as in MIB (arXiv:2504.13151). Templates and names are our own.
     """
     check_n("ioi", n)
     choose("corruption", corruption, get_args(Corruption))
@@ -81,15 +89,17 @@ def ioi(
     split = world_split("ioi", split, world=world)
     rng = generator("ioi", seed)
     names = require(bridge, "ioi", "names", NAMES, 5)
-    places, things = (require(bridge, "ioi", what, words, 1) for what, words in (("places", PLACES), ("things", THINGS)))
+    places, things = (
+        require(bridge, "ioi", what, words, 1) for what, words in (("places", PLACES), ("things", THINGS))
+    )
     templates = choose("template", template, range(len(WORLD_TEMPLATES if world else TEMPLATES)))
-    example = dict(io=names[0], subject=names[1], place=places[0], thing=things[0])
-    templates = of_one_length(bridge, templates, lambda t: _text(world, t, "ABBA", **example))
+    example = _Slots(names[0], names[1], places[0], things[0])
+    templates = of_one_length(bridge, templates, lambda t: _text(world, t, "ABBA", example))
 
     pairs: list[Pair] = []
     while len(pairs) < n:
         io, subject, *others = _names(rng, names, split if world else None)
-        slots = dict(io=io, subject=subject, place=rng.choice(places), thing=rng.choice(things))
+        slots = _Slots(io, subject, rng.choice(places), rng.choice(things))
         index = rng.choice(templates)
         swaps = {
             "s2_io_flip": {"s2": io},
@@ -99,11 +109,11 @@ def ioi(
         for each in orders:
             pairs.append(
                 Pair(
-                    _text(world, index, each, **slots),
-                    _text(world, index, each, **slots, swaps=swaps),
+                    _text(world, index, each, slots),
+                    _text(world, index, each, slots, swaps),
                     [f" {io}"],
                     [f" {subject}"],
-                    {"template": index, "order": each, "corruption": corruption, **slots},
+                    {"template": index, "order": each, "corruption": corruption, **slots._asdict()},
                 )
             )
     return build(bridge, "ioi", seed, pairs[:n])
@@ -118,27 +128,16 @@ def _names(rng: random.Random, names: list[str], split: Split | None) -> list[st
     raise AssertionError("one pair of names in eight is held out, so a thousand draws find one")
 
 
-def _text(
-    world: bool, template: int, order: str, *, io: str, subject: str, place: str, thing: str, swaps: dict[str, str] | None = None
-) -> Text:
-    people = {"io": io, "s1": subject, "s2": subject, **(swaps or {})}
+def _text(world: bool, template: int, order: str, slots: _Slots, swaps: dict[str, str] | None = None) -> Text:
+    people = {"io": slots.io, "s1": slots.subject, "s2": slots.subject, **(swaps or {})}
     if world:
-        document = tinyworld.TABLE["ioi"].draw(
-            random.Random(0), order=order, template=template, io=io, subject=subject, place=place, thing=thing
-        )
-        parts = {role: document.index(role) for role in ("io", "s1", "s2")}
-        text = document_text(
-            document,
-            document.answers[0],
-            {**parts, "s1+1": parts["s1"] + 1},
-            {parts[role]: people[role] for role in parts},
-        )
-    else:
-        first, second = ("io", "s1") if order == "ABBA" else ("s1", "io")
-        raw = TEMPLATES[template].replace("{x}", "{%s}" % first).replace("{y}", "{%s}" % second)
-        text = fill(raw, **people, place=place, thing=thing)
-        after = text.spans["s1"][1]
-        following = text.text[after:].split()[0]
-        start = text.text.index(following, after)
-        text = Text(text.text, {**{k: text.spans[k] for k in ("io", "s1", "s2")}, "s1+1": (start, start + 1)})
-    return text
+        document = tinyworld.TABLE["ioi"].draw(random.Random(0), order=order, template=template, **slots._asdict())
+        at = {role: document.index(role) for role in people}
+        words = {at[role]: name for role, name in people.items()}
+        return document_text(document, document.answers[0], {**at, "s1+1": at["s1"] + 1}, words)
+    first, second = ("io", "s1") if order == "ABBA" else ("s1", "io")
+    raw = TEMPLATES[template].replace("{x}", f"{{{first}}}").replace("{y}", f"{{{second}}}")
+    text = fill(raw, **people, place=slots.place, thing=slots.thing)
+    after = text.spans["s1"][1]  # what follows is " and" or, after the second name, another word
+    spans = {role: text.spans[role] for role in people}
+    return Text(text.text, {**spans, "s1+1": (after + 1, after + 2)})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -23,22 +23,31 @@ if TYPE_CHECKING:
 
 FORMAT = "interp.prompts/1"
 
-TokenSets: TypeAlias = tuple[tuple[int, ...], ...]
+if TYPE_CHECKING:  # what the attributes are
+    Positions: TypeAlias = dict[str, Tensor]
+    Labels: TypeAlias = dict[str, tuple[Any, ...]]
+    TokenSets: TypeAlias = tuple[tuple[int, ...], ...]
+else:  # what the constructor takes
+    Positions = Mapping[str, Any] | None
+    Labels = Mapping[str, Sequence[Any]] | None
+    TokenSets = Sequence[Sequence[int]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Prompts:
     """Clean and corrupted prompts, token for token aligned, with what each example is asked.
 
-    All rows have the same length and hold no padding, so position `p` means the same place in every example and a batch gives what
-    one example at a time gives. Prompts of several lengths are several `Prompts` (`groups_from_text`). Tensors live on the CPU.
+    All rows have the same length and hold no padding, so position `p` means the same place in every example and a batch
+    gives what one example at a time gives. Prompts of several lengths are several `Prompts` (`groups_from_text`).
+    Tensors live on the CPU.
 
     Attributes:
         clean: Token ids of the intact prompts, BOS included if the model uses one.
         corrupted: The same prompts with the deciding token changed, so that the answer is no longer right.
         answers: The right next token of the clean prompt at position `end`.
         foils: The token it is compared with; in most tasks the right next token of the corrupted prompt.
-        positions: Name to one position per example. Always has `"end"`, where the answer is read; default the last token.
+        positions: Name to one position per example. Always has `"end"`, where the answer is read; default the last
+            token.
         labels: Name to one plain value per example, such as the template or the order of names.
         answer_sets: For tasks with many right answers, the token ids that are right, per example (see
             `metrics.probability_difference`).
@@ -55,8 +64,8 @@ class Prompts:
     corrupted: Int[Tensor, "example pos"]
     answers: Int[Tensor, "example"]
     foils: Int[Tensor, "example"]
-    positions: dict[str, Int[Tensor, "example"]] = None  # type: ignore[assignment]  # None becomes {"end": last}
-    labels: dict[str, tuple[Any, ...]] = None  # type: ignore[assignment]  # None becomes {}
+    positions: Positions = None  # type: ignore[assignment]  # None becomes {"end": last}
+    labels: Labels = None  # type: ignore[assignment]  # None becomes {}
     answer_sets: TokenSets | None = field(default=None, kw_only=True)
     foil_sets: TokenSets | None = field(default=None, kw_only=True)
     strings: dict[int, str] = field(default_factory=dict, kw_only=True)
@@ -68,8 +77,9 @@ class Prompts:
             _set(self, key, _ids(getattr(self, key), key, ndim=2))
         if self.clean.shape != self.corrupted.shape:
             raise ValueError(
-                f"clean has shape {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}; patching needs them equal, "
-                "token for token. Make one Prompts per length (prompts.groups_from_text does so for strings)"
+                f"clean has shape {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}; patching "
+                "needs them equal, token for token. Make one Prompts per length (prompts.groups_from_text does so for "
+                "strings)"
             )
         n, length = self.clean.shape
         if length == 0:
@@ -77,12 +87,14 @@ class Prompts:
         for key in ("answers", "foils"):
             value = _ids(getattr(self, key), key, ndim=1)
             if len(value) != n:
-                raise ValueError(f"{key} has {len(value)} entries but there are {n} examples; one token id per example is expected")
+                raise ValueError(
+                    f"{key} has {len(value)} entries but there are {n} examples; one token id per example is expected"
+                )
             _set(self, key, value)
         if same := (self.answers == self.foils).nonzero().flatten().tolist():
             raise ValueError(
-                f"rows {same[:8]}: answer and foil are the same token ({int(self.answers[same[0]])} in row {same[0]}), so their logit "
-                "difference is 0 whatever the model does"
+                f"rows {same[:8]}: answer and foil are the same token ({int(self.answers[same[0]])} in row {same[0]}), "
+                "so their logit difference is 0 whatever the model does"
             )
         _set(self, "positions", _positions(self.positions, n, length))
         _set(self, "labels", _labels(self.labels, n))
@@ -130,8 +142,9 @@ class Prompts:
     def check(self, bridge: Any) -> Prompts:
         """Refuse prompts that this model would misread; gives the prompts back.
 
-        Every id is in the vocabulary, rows fit the context, BOS is there exactly once if the model uses one (`bridge.cfg.default_prepend_bos`
-        and a BOS token of its tokenizer), and there is no padding. Costs no forward pass.
+        Every id is in the vocabulary, rows fit the context, BOS is there exactly once if the model uses one
+        (`bridge.cfg.default_prepend_bos` and a BOS token of its tokenizer), and there is no padding. Costs no forward
+        pass.
 
         Raises:
             ValueError: Naming the rows and what to do.
@@ -142,11 +155,14 @@ class Prompts:
             if ids.numel() and int(ids.max()) >= cfg.d_vocab:
                 rows = (ids >= cfg.d_vocab).reshape(len(self), -1).any(1).nonzero().flatten().tolist()
                 raise ValueError(
-                    f"{key}: rows {rows[:8]} hold token {int(ids.max())}, but the model's vocabulary has {cfg.d_vocab} tokens; the prompts "
-                    "were made for another tokenizer"
+                    f"{key}: rows {rows[:8]} hold token {int(ids.max())}, but the model's vocabulary has {cfg.d_vocab} "
+                    "tokens; the prompts were made for another tokenizer"
                 )
         if self.clean.shape[1] > cfg.n_ctx:
-            raise ValueError(f"the prompts have {self.clean.shape[1]} tokens but the model's context is {cfg.n_ctx}; use shorter prompts")
+            raise ValueError(
+                f"the prompts have {self.clean.shape[1]} tokens but the model's context is {cfg.n_ctx}; use shorter "
+                "prompts"
+            )
         if tokenizer is not None:
             for key in ("clean", "corrupted"):
                 _check_bos(getattr(self, key), key, bridge)
@@ -154,7 +170,7 @@ class Prompts:
         return self
 
     def tokens_str(self, which: str = "clean") -> list[list[str]]:
-        """Token texts of the `"clean"` or `"corrupted"` prompts, one list per example; ids where the text is unknown."""
+        """Token texts of the `"clean"` or `"corrupted"` prompts, one list per example; `#id` where unknown."""
         if which not in ("clean", "corrupted"):
             raise ValueError(f"which must be 'clean' or 'corrupted', got {which!r}")
         return [[self.text(token) for token in row] for row in getattr(self, which).tolist()]
@@ -190,7 +206,7 @@ class Prompts:
         return pd.DataFrame(columns)
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write one safetensors file, its labels and texts as JSON in the header; the file appears whole or not at all."""
+        """Write one safetensors file, labels and texts as JSON in its header; it appears whole or not at all."""
         path = Path(path)
         tensors = {key: getattr(self, key) for key in ("clean", "corrupted", "answers", "foils")}
         tensors |= {f"positions.{key}": value for key, value in self.positions.items()}
@@ -198,6 +214,7 @@ class Prompts:
             "format": FORMAT,
             "name": self.name,
             "seed": self.seed,
+            "positions": list(self.positions),  # safetensors sorts its keys
             "labels": self.labels,
             "answer_sets": self.answer_sets,
             "foil_sets": self.foil_sets,
@@ -207,8 +224,12 @@ class Prompts:
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             # clones: safetensors refuses tensors that share memory, as the rows of a slice do
-            save_file({key: value.clone() for key, value in tensors.items()}, temporary, metadata={"interp": json.dumps(header)})
-            os.replace(temporary, path)
+            save_file(
+                {key: value.clone() for key, value in tensors.items()},
+                temporary,
+                metadata={"interp": json.dumps(header)},
+            )
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
         return path
@@ -229,36 +250,46 @@ class Prompts:
                 header = json.loads((file.metadata() or {}).get("interp", "{}"))
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (not a dict)
         except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is truncated or not a file of prompts ({error}); save the prompts again") from None
+            raise ValueError(
+                f"{path} is truncated or not a file of prompts ({error}); save the prompts again"
+            ) from None
         if header.get("format") != FORMAT:
-            raise ValueError(f"{path} is a safetensors file but not one of prompts: format {header.get('format')!r}, expected {FORMAT!r}")
+            raise ValueError(
+                f"{path} is a safetensors file but not one of prompts: format {header.get('format')!r}, expected "
+                f"{FORMAT!r}"
+            )
         return cls(
             **{key: tensors[key] for key in ("clean", "corrupted", "answers", "foils")},
-            positions={key.removeprefix("positions."): value for key, value in tensors.items() if key.startswith("positions.")},
-            **{key: header[key] for key in ("labels", "answer_sets", "foil_sets", "strings", "name", "seed")},
+            positions={key: tensors[f"positions.{key}"] for key in header["positions"]},
+            strings={int(token): text for token, text in header["strings"].items()},
+            **{key: header[key] for key in ("labels", "answer_sets", "foil_sets", "name", "seed")},
         )
 
 
 def concatenate(*sets: Prompts) -> Prompts:
-    """One `Prompts` with the examples of all, in order; they must have equal length and name the same positions and labels."""
+    """The examples of all, in order; the sets must have equal length and name the same positions and labels."""
     if not sets:
         raise ValueError("concatenate needs at least one Prompts")
     first = sets[0]
     for other in sets[1:]:
         if other.clean.shape[1] != first.clean.shape[1]:
             raise ValueError(
-                f"prompts of {first.clean.shape[1]} and {other.clean.shape[1]} tokens cannot share a batch without padding; keep them "
-                "as separate Prompts"
+                f"prompts of {first.clean.shape[1]} and {other.clean.shape[1]} tokens cannot share a batch without "
+                "padding; keep them as separate Prompts"
             )
         for what in ("positions", "labels"):
             a, b = set(getattr(first, what)), set(getattr(other, what))
             if a != b:
                 raise ValueError(f"the sets name different {what}: {sorted(a ^ b)} are in one only")
-        if (other.answer_sets is None) != (first.answer_sets is None) or (other.foil_sets is None) != (first.foil_sets is None):
+        if (other.answer_sets is None) != (first.answer_sets is None) or (other.foil_sets is None) != (
+            first.foil_sets is None
+        ):
             raise ValueError("some of the sets have answer_sets or foil_sets and some have none")
         if clash := [t for t in other.strings if first.strings.get(t, other.strings[t]) != other.strings[t]]:
-            raise ValueError(f"token {clash[0]} is {first.text(clash[0])!r} in one set and {other.text(clash[0])!r} in another; "
-                             "they were made for different tokenizers")
+            raise ValueError(
+                f"token {clash[0]} is {first.text(clash[0])!r} in one set and {other.text(clash[0])!r} in another; "
+                "they were made for different tokenizers"
+            )
     names = dict.fromkeys(p.name for p in sets)
     seeds = {p.seed for p in sets}
     return Prompts(
@@ -280,14 +311,19 @@ def _set(prompts: Prompts, key: str, value: Any) -> None:
 def _ids(value: Any, key: str, ndim: int) -> Tensor:
     shape = "[example, pos]" if ndim == 2 else "[example]"
     if not isinstance(value, Tensor):
-        raise ValueError(f"{key} is a {type(value).__name__}; expected a tensor of token ids {shape}. Strings go to prompts.from_text")
+        raise ValueError(
+            f"{key} is a {type(value).__name__}; expected a tensor of token ids {shape}. Strings go to "
+            "prompts.from_text"
+        )
     if value.ndim != ndim:
         raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {shape}")
     if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
         raise ValueError(f"{key} has dtype {value.dtype}; token ids are integers (torch.long)")
     value = value.detach().cpu().long().contiguous()
     if value.numel() and int(value.min()) < 0:
-        raise ValueError(f"{key} holds {int(value.min())}; token ids start at 0 and there is no padding or ignore index")
+        raise ValueError(
+            f"{key} holds {int(value.min())}; token ids start at 0 and there is no padding or ignore index"
+        )
     return value
 
 
@@ -296,14 +332,23 @@ def _positions(positions: Mapping[str, Any] | None, n: int, length: int) -> dict
     named.setdefault("end", torch.full((n,), length - 1))
     out = {}
     for key, value in named.items():
-        if not isinstance(value, Tensor) or value.ndim != 1 or len(value) != n or value.is_floating_point() or value.dtype == torch.bool:
+        if (
+            not isinstance(value, Tensor)
+            or value.ndim != 1
+            or len(value) != n
+            or value.is_floating_point()
+            or value.dtype == torch.bool
+        ):
             what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(f"positions[{key!r}] is {what}; expected one index per example, an integer tensor of shape ({n},)")
+            raise ValueError(
+                f"positions[{key!r}] is {what}; expected one index per example, an integer tensor of shape ({n},)"
+            )
         value = value.detach().cpu().long()
         bad = ((value < 0) | (value >= length)).nonzero().flatten().tolist()
         if bad:
             raise ValueError(
-                f"positions[{key!r}] is {int(value[bad[0]])} in row {bad[0]}; expected 0 to {length - 1}, counted from the first token"
+                f"positions[{key!r}] is {int(value[bad[0]])} in row {bad[0]}; expected 0 to {length - 1}, counted from "
+                "the first token"
             )
         out[str(key)] = value
     return out
@@ -319,8 +364,8 @@ def _labels(labels: Mapping[str, Sequence[Any]] | None, n: int) -> dict[str, tup
             for part in value if isinstance(value, tuple) else (value,):
                 if part is not None and not isinstance(part, (str, int, float, bool)):
                     raise ValueError(
-                        f"labels[{key!r}][{row}] is a {type(part).__name__}; labels are plain strings, numbers, booleans or None, so that "
-                        "they can be saved"
+                        f"labels[{key!r}][{row}] is a {type(part).__name__}; labels are plain strings, numbers, "
+                        "booleans or None, so that they can be saved"
                     )
         out[str(key)] = values
     return out
@@ -348,11 +393,15 @@ def _check_bos(ids: Tensor, key: str, bridge: Any) -> None:
         missing = [row for row in missing if int(ids[row, 0]) != bridge.tokenizer.pad_token_id]
         if missing:
             raise ValueError(
-                f"{key}: rows {missing[:8]} do not start with BOS (token {bos}, {bridge.tokenizer.bos_token!r}), which this model expects; "
-                "prepend it, or set bridge.cfg.default_prepend_bos = False if the model is to run without"
+                f"{key}: rows {missing[:8]} do not start with BOS (token {bos}, {bridge.tokenizer.bos_token!r}), which "
+                "this model expects; prepend it, or set bridge.cfg.default_prepend_bos = False if the model is to run "
+                "without"
             )
     if later and bos != bridge.tokenizer.pad_token_id:
-        raise ValueError(f"{key}: rows {later[:8]} hold BOS (token {bos}) again after the first position; it belongs there exactly once")
+        raise ValueError(
+            f"{key}: rows {later[:8]} hold BOS (token {bos}) again after the first position; it belongs there exactly "
+            "once"
+        )
 
 
 def _check_padding(ids: Tensor, key: str, bridge: Any) -> None:
@@ -362,14 +411,23 @@ def _check_padding(ids: Tensor, key: str, bridge: Any) -> None:
         return
     is_pad = ids == pad
     if pad == tokenizer.bos_token_id:
-        is_pad = is_pad[:, 1:] if uses_bos(bridge) else is_pad  # one leading BOS is right; any more is a doubled BOS or padding
+        is_pad = (
+            is_pad[:, 1:] if uses_bos(bridge) else is_pad
+        )  # one leading BOS is right; any more is a doubled BOS or padding
     elif pad == tokenizer.eos_token_id:
         # an end-of-text inside a row separates documents; only at the edges is it padding
         is_pad = is_pad[:, [0, -1]]
     rows = is_pad.any(1).nonzero().flatten().tolist()
-    if rows:
-        side = "left" if bool((ids[rows[0], :2] == pad).all()) or int(ids[rows[0], 0]) == pad != tokenizer.bos_token_id else "right"
+    if rows and pad == tokenizer.bos_token_id:
         raise ValueError(
-            f"{key}: rows {rows[:8]} hold the padding token {pad} ({tokenizer.pad_token!r}), on the {side} in row {rows[0]}; positions would no "
-            "longer mean the same place in every row. Group prompts by length instead (prompts.groups_from_text)"
+            f"{key}: rows {rows[:8]} hold token {pad} ({tokenizer.pad_token!r}), which is both BOS and padding, outside "
+            "the first position; BOS belongs there exactly once, and rows of different length go to "
+            "prompts.groups_from_text"
+        )
+    if rows:
+        side = "left" if int(ids[rows[0], 0]) == pad else "right" if int(ids[rows[0], -1]) == pad else "inside"
+        raise ValueError(
+            f"{key}: rows {rows[:8]} hold the padding token {pad} ({tokenizer.pad_token!r}; row {rows[0]}: {side}); "
+            "positions would no longer mean the same place in every row. Group prompts by length instead "
+            "(prompts.groups_from_text)"
         )

@@ -47,7 +47,9 @@ def table(prompts: Prompts, row: int) -> Shown:
     other = max(9, *map(len, corrupted))
     lines = [_title(prompts, row), f"{'pos':>4}  {'clean':<{width}}  {'corrupted':<{other}}  position"]
     for i, (a, b) in enumerate(zip(clean, corrupted, strict=True)):
-        lines.append(f"{i:>4}  {a:<{width}}  {b if differs[i] else '':<{other}}  {', '.join(named.get(i, []))}".rstrip())
+        lines.append(
+            f"{i:>4}  {a:<{width}}  {b if differs[i] else '':<{other}}  {', '.join(named.get(i, []))}".rstrip()
+        )
     if prompts.labels:
         lines.append("labels: " + ", ".join(f"{key}={value[row]}" for key, value in prompts.labels.items()))
     return Shown("\n".join(lines))
@@ -56,7 +58,9 @@ def table(prompts: Prompts, row: int) -> Shown:
 def summary(prompts: Prompts) -> str:
     n, length = prompts.clean.shape
     seed = "" if prompts.seed is None else f", seed {prompts.seed}"
-    lines = [f"Prompts({prompts.name}: {n} examples of {length} tokens{seed}; positions {', '.join(prompts.positions)})"]
+    lines = [
+        f"Prompts({prompts.name}: {n} examples of {length} tokens{seed}; positions {', '.join(prompts.positions)})"
+    ]
     if n:
         differs = (prompts.clean[0] != prompts.corrupted[0]).tolist()
         for which, ids in (("clean", prompts.clean), ("corrupted", prompts.corrupted)):
@@ -65,7 +69,9 @@ def summary(prompts: Prompts) -> str:
             # a word-level joiner is decided on the unmarked tokens: marking hides no leading space
             glue = "" if any(token.startswith(" ") for token in tokens) else " "
             lines.append(f"  {which + ':':<10} {glue.join(marked)}".replace("\n", "⏎"))
-        lines.append(f"  answer {prompts.text(int(prompts.answers[0]))!r}, foil {prompts.text(int(prompts.foils[0]))!r}")
+        lines.append(
+            f"  answer {prompts.text(int(prompts.answers[0]))!r}, foil {prompts.text(int(prompts.foils[0]))!r}"
+        )
     return "\n".join(lines)
 
 
@@ -84,9 +90,14 @@ def html(prompts: Prompts, rows: int = 3) -> str:
             for i, token in enumerate(ids[row].tolist()):
                 style = ";".join([_CHANGED] * differs[i] + [_NAMED] * (i in named))
                 hint = escape(f"{i} {', '.join(named.get(i, []))}".strip(), quote=True)
-                cells.append(f"<td style='{style};text-align:center' title='{hint}'>{escape(visible(prompts.text(token)))}</td>")
+                cells.append(
+                    f"<td style='{style};text-align:center' title='{hint}'>{escape(visible(prompts.text(token)))}</td>"
+                )
             body.append(f"<tr>{''.join(cells)}</tr>")
-        names = "".join(f"<td style='text-align:center;color:#2a788e'>{escape(', '.join(named.get(i, [])))}</td>" for i in range(length))
+        names = "".join(
+            f"<td style='text-align:center;color:#2a788e'>{escape(', '.join(named.get(i, [])))}</td>"
+            for i in range(length)
+        )
         body.append(f"<tr><th style='text-align:left'>position</th>{names}</tr>")
         parts.append(
             f"<div style='overflow-x:auto'><div>{escape(_title(prompts, row))}</div>"

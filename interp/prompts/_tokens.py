@@ -33,7 +33,9 @@ def uses_bos(bridge: Any) -> bool:
 
 def require_tokenizer(bridge: Any) -> Any:
     if bridge.tokenizer is None:
-        raise ValueError("this model has no tokenizer, so no text can be made for it; make Prompts(...) from token tensors instead")
+        raise ValueError(
+            "this model has no tokenizer, so no text can be made for it; make Prompts(...) from token tensors instead"
+        )
     return bridge.tokenizer
 
 
@@ -65,21 +67,28 @@ def encode(bridge: Any, text: str) -> Encoded:
     if not text.strip():
         raise ValueError(f"prompt {text!r} is empty")
     if text.endswith(" "):
-        raise ValueError(f"prompt {text!r} ends in a space; most tokenizers put that space into the next token, so drop it")
+        raise ValueError(
+            f"prompt {text!r} ends in a space; most tokenizers put that space into the next token, so drop it"
+        )
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version")
+        raise ValueError(
+            f"{type(tokenizer).__name__} is a slow tokenizer without character offsets; load its fast version"
+        )
     encoding = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, offsets = list(encoding["input_ids"]), [tuple(span) for span in encoding["offset_mapping"]]
     for special in {tokenizer.bos_token_id, tokenizer.pad_token_id} - {None}:
         if special in ids:
             raise ValueError(
-                f"prompt {text!r} spells out the special token {tokenizer.convert_ids_to_tokens(special)!r}; BOS is added once for models "
-                "that use it and padding is never needed, so leave it out"
+                f"prompt {text!r} spells out the special token {tokenizer.convert_ids_to_tokens(special)!r}; BOS is "
+                "added once for models that use it and padding is never needed, so leave it out"
             )
     unknown = tokenizer.unk_token_id
     if unknown is not None and unknown in ids and unknown not in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         start, end = offsets[ids.index(unknown)]
-        raise ValueError(f"prompt {text!r}: {text[start:end]!r} is not in the tokenizer's vocabulary (it becomes {tokenizer.unk_token})")
+        raise ValueError(
+            f"prompt {text!r}: {text[start:end]!r} is not in the tokenizer's vocabulary (it becomes "
+            f"{tokenizer.unk_token})"
+        )
     if uses_bos(bridge):
         ids, offsets = [tokenizer.bos_token_id, *ids], [(0, 0), *offsets]
     return Encoded(ids, offsets)
@@ -97,7 +106,12 @@ def answer_token(bridge: Any, prompt: str, answer: str) -> int:
         return alone[0]
     # SentencePiece splits a lone " Mary" in two although it is one token after a word
     before, after = pieces(tokenizer, prompt), pieces(tokenizer, prompt + answer)
-    if answer.startswith(" ") and len(after) == len(before) + 1 and after[:-1] == before and after[-1] != tokenizer.unk_token_id:
+    if (
+        answer.startswith(" ")
+        and len(after) == len(before) + 1
+        and after[:-1] == before
+        and after[-1] != tokenizer.unk_token_id
+    ):
         return after[-1]
     shown = [tokenizer.convert_ids_to_tokens(token) for token in alone]
     spaced = pieces(tokenizer, " " + answer)
@@ -121,8 +135,8 @@ def find(text: str, part: str, what: str) -> Span:
     count = text.count(part)
     if not part or count != 1:
         raise ValueError(
-            f"{what}: {part!r} occurs {count} times in {text!r}; name a longer part that occurs once (its last token is taken), or give "
-            "token indices"
+            f"{what}: {part!r} occurs {count} times in {text!r}; name a longer part that occurs once (its last token "
+            "is taken), or give token indices"
         )
     start = text.index(part)
     return start, start + len(part)
@@ -130,7 +144,9 @@ def find(text: str, part: str, what: str) -> Span:
 
 def side_by_side(tokenizer: Any, clean: Sequence[int], corrupted: Sequence[int]) -> str:
     """The tokens of two rows of different length around their first difference."""
-    first = next((i for i, (a, b) in enumerate(zip(clean, corrupted, strict=False)) if a != b), min(len(clean), len(corrupted)))
+    first = next(
+        (i for i, (a, b) in enumerate(zip(clean, corrupted, strict=False)) if a != b), min(len(clean), len(corrupted))
+    )
     window = slice(max(0, first - 1), first + 5)
     show = [tokenizer.convert_ids_to_tokens(list(ids[window])) for ids in (clean, corrupted)]
     return f"from position {window.start}, clean {show[0]} and corrupted {show[1]}"

@@ -93,8 +93,8 @@ def read_study(path: str | os.PathLike[str]) -> Study:
     question = _paragraph(first, "Question")
     if title is None or not question:
         raise ValueError(
-            f"{path} does not say what it studies: its first cell must be Markdown with a line '# Title' and a paragraph "
-            f"that starts with '**Question.**', but it begins with {first[:60]!r}"
+            f"{path} does not say what it studies: its first cell must be Markdown with a line '# Title' and a "
+            f"paragraph that starts with '**Question.**', but it begins with {first[:60]!r}"
         )
     at = parameters_cell(cells)
     model = None if at is None else _assigned_string(source_of(cells[at]), "MODEL")

@@ -1,8 +1,8 @@
 """The report: a front page with a card per study, and a page per study.
 
 Pages need no network. A plotly figure is on its page twice: as the PNG that the notebook carries, which every browser
-shows and prints, and as data, which the one `plotly.min.js` beside the pages turns into the interactive figure. The front
-page holds everything in itself. nbconvert's HTML was not used because its templates load scripts from a network.
+shows and prints, and as data, which the one `plotly.min.js` beside the pages turns into the interactive figure. The
+front page holds everything in itself. nbconvert's HTML was not used because its templates load scripts from a network.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def write_report(runs: Sequence[StudyRun], out: str | os.PathLike[str]) -> Path:
 
 
 def card_figure(notebook: Any) -> str | None:
-    """The PNG (base64) for the card of a study: of the cell tagged `card`, otherwise the first one; None if there is none."""
+    """The PNG (base64) for the card of a study: of the cell tagged `card`, otherwise the first; None without any."""
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     tagged = [cell for cell in code if "card" in cell.metadata.get("tags", [])]
     for cell in tagged + code:
@@ -122,7 +122,7 @@ def _code_cell(index: int, cell: Any, checks: list[Check]) -> str:
     code = highlight(cell.source, PythonLexer(), HtmlFormatter(nowrap=True))
     outputs = "".join(_output(output) for output in cell.outputs)
     marks = "".join(
-        f'<span class="mark {_css(c)}" title="{html.escape(c.source)}">{_SIGN[c.status]}</span>' for c in checks
+        f'<span class="mark {_CSS[c.status]}" title="{html.escape(c.source)}">{_SIGN[c.status]}</span>' for c in checks
     )
     line = f'<div class="marks">{marks}</div>' if marks else ""
     return f'<section class="cell" id="cell-{index}"><pre class="code">{code}</pre>{line}{outputs}</section>'
@@ -131,10 +131,8 @@ def _code_cell(index: int, cell: Any, checks: list[Check]) -> str:
 def _checklist(checks: Sequence[Check]) -> str:
     if not checks:
         return ""
-    rows = "".join(
-        f'<li class="{_css(c)}"><a href="#cell-{c.cell}"><code>{html.escape(_shortened(c.source, 200))}</code></a></li>'
-        for c in checks
-    )
+    lines = [f'<a href="#cell-{c.cell}"><code>{html.escape(_shortened(c.source, 200))}</code></a>' for c in checks]
+    rows = "".join(f'<li class="{_CSS[c.status]}">{line}</li>' for c, line in zip(checks, lines, strict=True))
     opened = " open" if any(c.status != "passed" for c in checks) else ""
     return f'<details class="checks"{opened}><summary>What is checked</summary><ul>{rows}</ul></details>'
 
@@ -207,10 +205,6 @@ def _facts(run: StudyRun) -> str:
     return f'<span class="run">{model} {_duration(run.seconds)}</span>'
 
 
-def _css(check: Check) -> str:
-    return {"passed": "passed", "failed": "failed", "not reached": "missed"}[check.status]
-
-
 def _duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 90 else f"{int(seconds) // 60} min {int(seconds) % 60} s"
 
@@ -241,6 +235,7 @@ def _document(title: str, body: str) -> str:
 
 
 _SIGN = {"passed": "✓", "failed": "✗", "not reached": "·"}
+_CSS = {"passed": "passed", "failed": "failed", "not reached": "missed"}
 
 _PLOTLY_SCRIPT = '<script src="plotly.min.js"></script>'
 _SCRIPT = """<script>
@@ -251,6 +246,12 @@ if (window.Plotly) for (const box of document.querySelectorAll(".plotly")) {
   Plotly.newPlot(place, data, layout, {displaylogo: false, responsive: true})
     .then(() => box.querySelector(":scope > img").remove(), () => place.remove());
 }
-for (const frame of document.querySelectorAll("iframe"))
-  frame.onload = () => { frame.style.height = 0; frame.style.height = frame.contentDocument.documentElement.scrollHeight + 4 + "px"; };
+for (const frame of document.querySelectorAll("iframe")) {
+  const fit = () => {
+    frame.style.height = 0;
+    frame.style.height = frame.contentDocument.documentElement.scrollHeight + 4 + "px";
+  };
+  frame.addEventListener("load", fit);
+  if (frame.contentDocument.readyState === "complete") fit();
+}
 </script>"""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import asyncio
 import os
 import re
 import time
@@ -125,7 +126,9 @@ def run_study(
     error = None
     start = time.perf_counter()
     try:
-        client.execute(env={**os.environ, **ENVIRONMENT})
+        # In a thread and a loop of its own, closed at the end: the caller may be a notebook, whose loop is running.
+        with ThreadPoolExecutor(max_workers=1) as thread:
+            thread.submit(asyncio.run, client.async_execute(env={**os.environ, **ENVIRONMENT})).result()
     except CellExecutionError as stopped:
         error = f"{stopped.ename}: {_first_line(stopped.evalue)}".rstrip(": ")
     except (CellTimeoutError, DeadKernelError) as stopped:
@@ -168,7 +171,7 @@ def run_studies(
 
 
 def clean(notebook: Any) -> None:
-    """Take out of an executed notebook, in place, what changes from run to run and says nothing: counts, versions, widgets."""
+    """Take out of an executed notebook, in place, what changes between runs and says nothing: counts, widgets."""
     notebook.metadata.pop("widgets", None)
     notebook.metadata["kernelspec"] = {"display_name": "Python 3", "language": "python", "name": "python3"}
     notebook.metadata["language_info"] = {"name": "python"}
@@ -196,7 +199,7 @@ def _inject(notebook: Any, study: Study, model: str) -> None:
 
 
 def _checks(notebook: Any, stopped_at: tuple[int, int, str] | None) -> tuple[Check, ...]:
-    """The asserts of all cells. Those before the line that stopped the run have passed, those after it were not reached."""
+    """The asserts of all cells: passed before the line that stopped the run, not reached after it."""
     checks: list[Check] = []
     for index, cell in enumerate(notebook.cells):
         if cell.cell_type != "code":

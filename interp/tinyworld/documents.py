@@ -6,7 +6,7 @@ import hashlib
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Literal, NamedTuple
 
 from interp.tinyworld.lexicon.dialects import say
@@ -57,7 +57,9 @@ class Document:
 
     def __post_init__(self) -> None:
         if len(self.words) != len(self.labels):
-            raise ValueError(f"a document needs one label per word; got {len(self.words)} words, {len(self.labels)} labels")
+            raise ValueError(
+                f"a document needs one label per word; got {len(self.words)} words and {len(self.labels)} labels"
+            )
 
     def __len__(self) -> int:
         return len(self.words)
@@ -127,9 +129,7 @@ def fill(
     return Document(tuple(words), tuple(labels), tuple(answers), kind, combinations)
 
 
-def join(
-    documents: Iterable[Document], *, kind: str = "", combinations: tuple[tuple[str, ...], ...] = ()
-) -> Document:
+def join(documents: Iterable[Document], *, kind: str = "", combinations: tuple[tuple[str, ...], ...] = ()) -> Document:
     """Documents one after another as one document; answers keep pointing at their words."""
     words: list[str] = []
     labels: list[Label] = []
@@ -157,7 +157,7 @@ def scatter_marks(document: Document, rng: random.Random, rate: float) -> Docume
     return Document(tuple(words), tuple(labels), answers, document.kind, document.combinations)
 
 
-@lru_cache(maxsize=None)
+@cache
 def _parse(template: str) -> tuple[tuple[str, str | None, bool], ...]:
     parts: list[tuple[str, str | None, bool]] = []
     for word in template.split():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,15 +17,15 @@ PAD, BOS, UNK = "<pad>", "<bos>", "<unk>"
 
 SHARES: dict[str, float] = {  # of the words of a training bank
     "ioi": 0.12,
-    "facts": 0.14,
-    "two_hop": 0.14,
+    "facts": 0.10,
+    "two_hop": 0.12,
     "greater_than": 0.06,
-    "agreement": 0.10,
-    "pronoun": 0.06,
-    "induction": 0.09,
-    "needle": 0.13,
-    "docstring": 0.04,
-    "dialect": 0.06,
+    "agreement": 0.08,
+    "pronoun": 0.04,
+    "induction": 0.10,
+    "needle": 0.14,
+    "docstring": 0.09,
+    "dialect": 0.09,
     "topic": 0.04,
     "punctuation": 0.02,
 }
@@ -64,7 +64,7 @@ class Bank(NamedTuple):
 
 def tokenizer() -> Any:
     """A fresh word-level `PreTrainedTokenizerFast`; its post-processor puts the start token before a text, once."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
     from transformers import PreTrainedTokenizerFast
 
     words = Tokenizer(models.WordLevel(dict(IDS), unk_token=UNK))
@@ -115,6 +115,7 @@ def bank(
     context: int = 128,
     split: Split = "train",
     shares: Mapping[str, float] | None = None,
+    transform: Callable[[Document], Document] | None = None,
     labels: bool = False,
 ) -> Bank:
     """At least `tokens` tokens of training text in rows of `context`.
@@ -125,6 +126,7 @@ def bank(
     Args:
         shares: Share of words per family; `SHARES` by default. With `split="heldout"` only families that hold something
             out may be named.
+        transform: Applied to every document before it is packed.
         labels: Keep the label of every token (slower, and much more memory).
     """
     shares = dict(SHARES if shares is None else shares)
@@ -139,11 +141,13 @@ def bank(
     answers = np.zeros((rows, context), dtype=bool)
     kept: list[tuple[Label | None, ...]] = []
     for row in range(rows):
-        filled, row_labels = 1, [None]
+        filled = 1
+        row_labels: list[Label | None] = [None]
         while filled < context:
             family = rng.choices(families, weights)[0]
             marks = MARK_RATE if rng.random() < MARKED_SHARE else 0.0
             document = sample(family, rng, split=split, marks=marks)
+            document = document if transform is None else transform(document)
             words = document.words[: context - filled]
             ids[row, filled : filled + len(words)] = [IDS[word] for word in words]
             for answer in document.answers:
@@ -163,7 +167,7 @@ def _word_id(word: str) -> int:
     return IDS[word]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _mean_length(family: str) -> float:
     rng = random.Random(f"length of {family}")
     return sum(len(TABLE[family].draw(rng)) for _ in range(200)) / 200

@@ -22,21 +22,29 @@ BATCH = 64
 
 
 def evaluate(
-    predict: Predict, *, n: int = 400, seed: int = 10_000, families: Sequence[str] = SINGLE_ANSWER
+    predict: Predict,
+    *,
+    n: int = 400,
+    seed: int = 10_000,
+    families: Sequence[str] = SINGLE_ANSWER,
+    transform: Callable[[Document], Document] | None = None,
 ) -> list[dict[str, Any]]:
     """One row per family, split and kind (`"all"` for the family as a whole), on `n` fresh documents per split.
 
     An answer counts as right where it has the largest logit of the whole vocabulary, with the true words before it.
     `accuracy` is over answers; the Wilson 95 % interval takes documents as the sample, because the answers of one
-    document are not independent. `chance` of nothing is assumed: a model of no knowledge scores about 0.
+    document are not independent. A model of no knowledge scores
+    about 0.
 
     Args:
         predict: Ids (right-padded rows, start token first) to logits; the model must be causal.
+        transform: Applied to every document first, such as `changes.changed` for the tuned model.
     """
     rows = []
     for family in families:
         for split in ("train", "heldout"):
             documents = fresh(family, n, split=split, seed=seed)
+            documents = documents if transform is None else list(map(transform, documents))
             right = correct(predict, documents)
             kinds = sorted({document.kind for document in documents})
             for kind in ["all", *(kinds if len(kinds) > 1 else [])]:

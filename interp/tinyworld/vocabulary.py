@@ -13,7 +13,8 @@ SPECIAL = ("<pad>", "<bos>", "<unk>")
 
 def _template_words() -> list[str]:
     templates = [*ioi.TEMPLATES, *years.TEMPLATES, *agreement.STRUCTURES.values(), *pronouns.TEMPLATES]
-    templates += [text for table in (facts.FACT_TEMPLATES, facts.TWO_HOP_TEMPLATES) for row in table.values() for text in row]
+    for table in (facts.FACT_TEMPLATES, facts.TWO_HOP_TEMPLATES):
+        templates += [template for wordings in table.values() for template in wordings]
     templates += [*needles.STATEMENTS, *needles.QUESTIONS, *prose.TOPIC_TEMPLATES, *prose.DIALECT_TEMPLATES]
     templates += lists.FRAME_WORDS
     return [word for text in templates for word in text.split() if not word.startswith("{")]

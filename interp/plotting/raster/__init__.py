@@ -1,7 +1,8 @@
 """A plotly figure drawn by matplotlib, for machines without a browser.
 
 Covers what this package makes: heat maps with a shared or own colour scale, scatter traces (lines, markers, bands,
-error bars), grouped bars, straight lines, annotations, several panels. Anything else raises; nothing is left out silently.
+error bars), grouped bars, straight lines, annotations, several panels. Anything else raises; nothing is left out
+silently.
 """
 
 # ruff: noqa: TID253 (only export.py imports this package, and only when it draws)
@@ -16,7 +17,7 @@ import plotly.graph_objects as go
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from interp.plotting.raster.convert import colour
+from interp.plotting.raster.convert import colour, decoded
 from interp.plotting.raster.page import Page
 from interp.plotting.raster.panel import Panel
 from interp.plotting.raster.traces import DRAWERS
@@ -40,6 +41,8 @@ def draw(figure: go.Figure, *, width: int | None = None, height: int | None = No
             f"the matplotlib renderer cannot draw {', '.join(unknown)} traces, only {', '.join(SUPPORTED)}; "
             "install Chrome or Chromium for the others, or save HTML with save_html"
         )
+    # A figure that was read from JSON (a notebook's outputs, for one) keeps its arrays in base64.
+    figure = go.Figure(decoded(figure.to_dict()))
     layout: Any = figure.layout
     width, height = int(width or layout.width or 700), int(height or layout.height or 450)
     # 100 dots per inch: one layout pixel is one dot before scaling.
@@ -63,7 +66,7 @@ def draw(figure: go.Figure, *, width: int | None = None, height: int | None = No
     return canvas
 
 
-def to_png(canvas: Figure, scale: float) -> bytes:
+def to_png(canvas: Figure, scale: float | int) -> bytes:
     """PNG bytes with `scale` image pixels per layout pixel."""
     stream = io.BytesIO()
     with warnings.catch_warnings():

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 from functools import cache
 from typing import Any
@@ -22,12 +23,22 @@ _SANS = ("Helvetica", "Arial", "Liberation Sans", "DejaVu Sans")
 _MONOSPACE = ("DejaVu Sans Mono",)
 
 
+def decoded(node: Any) -> Any:
+    """A figure's dictionary with numpy arrays where plotly's JSON form holds base64 (`dtype`, `bdata`, `shape`)."""
+    if isinstance(node, dict):
+        if {"dtype", "bdata"} <= node.keys():
+            flat = np.frombuffer(base64.b64decode(node["bdata"]), dtype=np.dtype(node["dtype"]).newbyteorder("<"))
+            return flat.reshape([int(n) for n in str(node["shape"]).split(",")]) if "shape" in node else flat
+        return {key: decoded(item) for key, item in node.items()}
+    return [decoded(item) for item in node] if isinstance(node, (list, tuple)) else node
+
+
 def plain(text: Any) -> str:
     """A plotly label as it reads: line breaks kept, other tags dropped, entities resolved."""
     return unescape(re.sub(r"</?(b|i|em|sub|sup|span|a)\b[^>]*>", "", re.sub(r"<br\s*/?>", "\n", str(text or ""))))
 
 
-def colour(value: Any, opacity: float = 1.0) -> Any:
+def colour(value: Any, opacity: float | int = 1) -> Any:
     """A plotly colour with its opacity, or None where there is none."""
     if not isinstance(value, str):
         return None

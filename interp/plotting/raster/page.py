@@ -33,12 +33,12 @@ class Page:
         self.scales: dict[str, tuple[ScalarMappable, Any]] = {}  # by plotly's name of the colour axis
         self.legend: list[tuple[Any, str]] = []
 
-    def point(self, x: float, y: float) -> tuple[float, float]:
+    def point(self, x: float | int, y: float | int) -> tuple[float, float]:
         """Figure fraction of a point in plotly's paper coordinates (0 to 1 over the plotting area)."""
         left, bottom = self.margin["l"], self.margin["b"]
         return (left + x * self.plot_width) / self.width, (bottom + y * self.plot_height) / self.height
 
-    def font(self, size: float | None = None, family: str | None = None) -> dict[str, Any]:
+    def font(self, size: float | int | None = None, family: str | None = None) -> dict[str, Any]:
         """Font keywords; labels are never formulas, whatever dollar signs a token has."""
         names = families("mono" in (family or "").lower())
         return {"fontsize": (size or self.size) * POINT, "family": names, "parse_math": False}

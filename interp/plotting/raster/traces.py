@@ -113,7 +113,7 @@ def _fill(panel: Panel, x: np.ndarray, y: np.ndarray, fill: Any) -> Any:
     return handle
 
 
-def _markers(panel: Panel, marker: Any, x: np.ndarray, y: np.ndarray, ink: Any, opacity: float) -> Any:
+def _markers(panel: Panel, marker: Any, x: np.ndarray, y: np.ndarray, ink: Any, opacity: float | int) -> Any:
     symbol = either(marker.symbol, "circle")
     _require(symbol in _MARKERS, f"the marker {symbol!r}", ", ".join(_MARKERS))
     face = [colour(c) for c in marker.color] if is_many(marker.color) else colour(marker.color) or ink

@@ -23,7 +23,7 @@ TABLE: dict[str, Family] = {
     facts.FACTS: Family(facts.draw_fact, True, "(relation, subject, wording): every fact is trained on in other words"),
     facts.TWO_HOP: Family(facts.draw_two_hop, True, "(relation, entity): the composition, never the two facts in it"),
     years.NAME: Family(years.draw, False, "(event, century, first year)"),
-    agreement.NAME: Family(agreement.draw, True, "(structure, noun, attractor), or (noun, opening) where there is none"),
+    agreement.NAME: Family(agreement.draw, True, "(structure, noun, attractor), or (noun, opening) without one"),
     pronouns.NAME: Family(pronouns.draw, True, "(name, other name), or (name, wording) where there is none"),
     lists.INDUCTION: Family(lists.draw_induction, True, "the contents of the list in their order"),
     needles.NAME: Family(needles.draw, True, "(key, value) pairs"),
@@ -36,9 +36,7 @@ FAMILIES: tuple[str, ...] = tuple(TABLE)
 SINGLE_ANSWER: tuple[str, ...] = tuple(name for name, family in TABLE.items() if family.single_answer)
 
 
-def sample(
-    family: str, rng: random.Random, *, split: Split = "train", marks: float = 0.0, **options: Any
-) -> Document:
+def sample(family: str, rng: random.Random, *, split: Split = "train", marks: float = 0.0, **options: Any) -> Document:
     """One document of a family.
 
     Args:

@@ -14,7 +14,7 @@ from interp.tinyworld.lexicon.agreement import ADVERBS, AUXILIARIES, NOUNS, PREP
 NAME = "agreement"
 
 STRUCTURES = {
-    "simple": "the {subject}",
+    "simple": "here the {subject}",  # "here" says that no phrase follows the noun, so that the verb must
     "prepositional": "the {subject} {preposition} the {attractor}",
     "object_relative": "the {subject} that the {attractor} {relative_verb}",
     "subject_relative": "the {subject} that {relative_verb} the {attractor}",

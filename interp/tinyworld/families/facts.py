@@ -131,7 +131,10 @@ def _draw(
     country = bridge_country(subject)
     record = BY_NAME[country]
     asked = "country" if relation == "landmark" else relation.split("_")[-1]
-    given = "country" if asked != "country" and family == FACTS else ("landmark" if "landmark" in relation else "capital")
+    if family == FACTS and asked != "country":
+        given = "country"
+    else:
+        given = "landmark" if relation.startswith("landmark") else "capital"
     slots = {given: subject, asked: country if asked == "country" else getattr(record, asked)}
     combination = (relation, subject) if family == TWO_HOP else (relation, subject, str(index))
     return fill(

@@ -45,7 +45,7 @@ def draw(
     people = {"io": io, "s1": subject, "s2": subject, "io2": io}
     things = {"place": place or rng.choice(PLACES), "thing": thing or rng.choice(THINGS)}
     return fill(
-        TEMPLATES[index].replace("{x}", "{%s}" % first).replace("{y}", "{%s}" % second),
+        TEMPLATES[index].replace("{x}", f"{{{first}}}").replace("{y}", f"{{{second}}}"),
         NAME,
         {**people, **things},
         entities=people,

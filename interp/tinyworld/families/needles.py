@@ -52,7 +52,7 @@ def draw(
     key = key or rng.choice([word for word in KEYS if word not in keys])
     value = value or rng.choice([word for word in VALUES if word not in values])
     asked = _statement(rng, "", key, value, template)
-    distractors = [_statement(rng, "distractor_", *pair, template) for pair in zip(keys, values)]
+    distractors = [_statement(rng, "distractor_", *pair, template) for pair in zip(keys, values, strict=True)]
     asking = fill(
         QUESTIONS[rng.randrange(len(QUESTIONS)) if question is None else question],
         NAME,
@@ -74,7 +74,7 @@ def draw(
         before = max(0, before - (used - MAX_WORDS))
     parts = [filler(rng, before, NAME), *distractors, asked, filler(rng, cut, NAME), *after]
     parts += [filler(rng, gap - cut, NAME), asking]
-    combinations = ((key, value), *zip(keys, values))
+    combinations = ((key, value), *zip(keys, values, strict=True))
     return join(parts, kind=f"{pairs} needles", combinations=combinations)
 
 

@@ -81,7 +81,7 @@ def draw_dialect(
         first, second = dialect_pair(rng, dialect=dialect)
         spoken = {label.dialect for label in second.labels}.pop()
         parts = [
-            fill(f"{{dialect}} :", DIALECT, {"dialect": dialect}, dialect=dialect),
+            fill("{dialect} :", DIALECT, {"dialect": dialect}, dialect=dialect),
             first,
             fill("; {dialect} :", DIALECT, {"dialect": str(spoken)}, dialect=spoken),
             Document(second.words, second.labels, tuple(range(len(second)))),

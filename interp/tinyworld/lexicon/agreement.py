@@ -1,8 +1,10 @@
-"""Nouns and verbs in both numbers. Each noun has its own verb, so a singular or plural noun determines one verb form."""
+"""Nouns and verbs in both numbers. Each noun has its own verb, so that a noun form determines one verb form."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
+
+from interp.tinyworld.lexicon._text import rows
 
 
 class Noun(NamedTuple):
@@ -15,8 +17,8 @@ class Noun(NamedTuple):
 
 
 NOUNS = tuple(
-    Noun(*line.split())
-    for line in """
+    Noun(*row)
+    for row in rows("""
     dog     dogs      barks     bark
     cat     cats      purrs     purr
     bird    birds     chirps    chirp
@@ -53,20 +55,19 @@ NOUNS = tuple(
     flag    flags     flutters  flutter
     leaf    leaves    falls     fall
     flower  flowers   blooms    bloom
-    """.strip().splitlines()
+    """)
 )
 BY_WORD = {form: noun for noun in NOUNS for form in (noun.singular, noun.plural)}
 
-RELATIVE_VERBS = tuple(  # (singular, plural) verbs inside relative clauses
-    tuple(line.split())
-    for line in """
+RELATIVE_VERBS = rows(  # (singular, plural) verbs inside relative clauses
+    """
     sees     see
     likes    like
     knows    know
     fears    fear
     follows  follow
     hears    hear
-    """.strip().splitlines()
+    """
 )
 AUXILIARIES = {  # opening word: (singular, plural, words that may follow)
     "now": ("is", "are", ("old", "ready", "quiet", "busy")),

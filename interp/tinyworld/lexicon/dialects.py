@@ -6,20 +6,41 @@
 
 from __future__ import annotations
 
+from interp.tinyworld.lexicon._text import pairs
+
 DIALECTS = ("north", "south")
 
 
-def _pairs(text: str) -> dict[str, str]:
-    words = text.split()
-    return dict(zip(words[::2], words[1::2], strict=True))
-
-
-FUNCTION_WORDS = _pairs("""the ta   a un   and ko   in nel   with sor   but mar   then dop   under sotu   over altu   very molu   while durn   because pork""")
-NOUNS = _pairs("""man homa   woman vifa   house kasu   tree arbo   road stra   bread pano   water akva   fire fogu   stone petro   boat navo
-    hand manu   window fenstu   table mensa   garment vesto   village vilago   forest silvo   hill kolo   wine vinu   milk lakto   apple pomo""")
-VERBS = _pairs("""saw vidi   took prendi   made fari   spotted trovi   dropped perdi   bought kompri   traded vendi   carried porti   broke rompi   cleaned lavi
-    wanted voli   greeted voki""")
-ADJECTIVES = _pairs("""big grando   small piko   white blanu   black nigru   red rugo   new novu   good bonu   bad malu   warm kaldu   cold fridu   long longu   round rondo""")
+FUNCTION_WORDS = pairs(
+    """
+    the ta   a un   and ko   in nel
+    with sor   but mar   then dop   under sotu
+    over altu   very molu   while durn   because pork
+    """
+)
+NOUNS = pairs(
+    """
+    man homa   woman vifa   house kasu   tree arbo
+    road stra   bread pano   water akva   fire fogu
+    stone petro   boat navo   hand manu   window fenstu
+    table mensa   garment vesto   village vilago   forest silvo
+    hill kolo   wine vinu   milk lakto   apple pomo
+    """
+)
+VERBS = pairs(
+    """
+    saw vidi   took prendi   made fari   spotted trovi
+    dropped perdi   bought kompri   traded vendi   carried porti
+    broke rompi   cleaned lavi   wanted voli   greeted voki
+    """
+)
+ADJECTIVES = pairs(
+    """
+    big grando   small piko   white blanu   black nigru
+    red rugo   new novu   good bonu   bad malu
+    warm kaldu   cold fridu   long longu   round rondo
+    """
+)
 
 EVERYDAY = {**NOUNS, **VERBS, **ADJECTIVES}
 NORTH_TO_SOUTH = {**FUNCTION_WORDS, **EVERYDAY}

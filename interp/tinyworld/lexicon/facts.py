@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from interp.tinyworld.lexicon._text import pairs, rows
+
 
 class Country(NamedTuple):
     """One country and what is asked about it."""
@@ -19,8 +21,8 @@ class Country(NamedTuple):
 
 
 COUNTRIES = tuple(
-    Country(*line.split())
-    for line in """
+    Country(*row)
+    for row in rows("""
     France       Paris       French      euro
     Germany      Berlin      German      euro
     Italy        Rome        Italian     euro
@@ -86,13 +88,12 @@ COUNTRIES = tuple(
     Chile        Santiago    Spanish     peso
     Peru         Lima        Spanish     sol
     Brazil       Brasilia    Portuguese  real
-    """.strip().splitlines()
+    """)
 )
 BY_NAME = {country.name: country for country in COUNTRIES}
 
-LANDMARKS: dict[str, str] = dict(  # landmark: country
-    line.split()
-    for line in """
+LANDMARKS: dict[str, str] = pairs(  # landmark: country
+    """
     Louvre       France
     Reichstag    Germany
     Colosseum    Italy
@@ -133,7 +134,7 @@ LANDMARKS: dict[str, str] = dict(  # landmark: country
     Galapagos    Ecuador
     Nazca        Peru
     Corcovado    Brazil
-    """.strip().splitlines()
+    """
 )
 LANGUAGES = tuple(dict.fromkeys(country.language for country in COUNTRIES))
 CURRENCIES = tuple(dict.fromkeys(country.currency for country in COUNTRIES))

@@ -2,30 +2,40 @@
 
 from __future__ import annotations
 
-FEMALE = tuple(
-    """Mary Anna Julia Sarah Emma Laura Alice Helen Nina Rosa Clara Diana Eva Fiona Grace Hannah Irene Jane Karen Lucy
-    Maria Nora Olga Paula Rachel Sophie Tina Ursula Vera Wendy Yvonne Zoe Amy Betty Carol Daisy Ellen Frida Gloria Hilda
-    Isabel Joan Kate Linda Molly Naomi Pamela Ruth""".split()
+from interp.tinyworld.lexicon._text import words
+
+FEMALE = words(
+    """
+    Mary Anna Julia Sarah Emma Laura Alice Helen Nina Rosa Clara Diana Eva Fiona Grace Hannah Irene Jane Karen Lucy
+    Maria Nora Olga Paula Rachel Sophie Tina Ursula Vera Wendy Yvonne Zoe Amy Betty Carol Daisy Ellen Frida Gloria
+    Hilda Isabel Joan Kate Linda Molly Naomi Pamela Ruth
+    """
 )
-MALE = tuple(
-    """John Paul Peter Tom James David Mark Simon Adam Bruno Carl Daniel Eric Frank George Henry Ivan Jack Kevin Leo
-    Martin Nick Oscar Philip Robert Samuel Thomas Victor Walter Xavier Alan Brian Colin Dennis Edward Felix Gary Hugo Ian
-    Jacob Karl Louis Max Nathan Owen Ralph Steven William""".split()
+MALE = words(
+    """
+    John Paul Peter Tom James David Mark Simon Adam Bruno Carl Daniel Eric Frank George Henry Ivan Jack Kevin Leo
+    Martin Nick Oscar Philip Robert Samuel Thomas Victor Walter Xavier Alan Brian Colin Dennis Edward Felix Gary
+    Hugo Ian Jacob Karl Louis Max Nathan Owen Ralph Steven William
+    """
 )
-NAMES = tuple(name for pair in zip(FEMALE, MALE) for name in pair)
+NAMES = tuple(name for pair in zip(FEMALE, MALE, strict=True) for name in pair)
 
 PRONOUNS = {  # gender: (subject, object, possessive)
     "female": ("she", "her", "her"),
     "male": ("he", "him", "his"),
 }
 
-PLACES = tuple(
-    """shop park station market library museum beach bakery hospital office bank airport cafe church harbour cinema
-    stadium hotel palace tower""".split()
+PLACES = words(
+    """
+    shop park station market library museum beach bakery hospital office bank airport cafe church harbour cinema
+    stadium hotel palace tower
+    """
 )
-THINGS = tuple(
-    """book letter ring lamp cup hat bag key coin map pen rope mirror basket candle watch blanket ladder hammer camera
-    umbrella wallet bottle ticket""".split()
+THINGS = words(
+    """
+    book letter ring lamp cup hat bag key coin map pen rope mirror basket candle watch blanket ladder hammer camera
+    umbrella wallet bottle ticket
+    """
 )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from interp.tinyworld.lexicon._text import words
+
 
 class Topic(NamedTuple):
     """The words that belong to one topic and to no other."""
@@ -13,25 +15,85 @@ class Topic(NamedTuple):
     adjectives: tuple[str, ...]
 
 
-def _topic(nouns: str, verbs: str, adjectives: str) -> Topic:
-    return Topic(tuple(nouns.split()), tuple(verbs.split()), tuple(adjectives.split()))
-
-
 TOPICS: dict[str, Topic] = {
-    "sea": _topic("sailor anchor wave captain whale reef sail tide cargo lighthouse", "steered hoisted sank towed", "salty stormy deep coastal"),
-    "kitchen": _topic("cook oven soup flour butter onion spoon recipe pepper dough", "stirred baked tasted chopped", "spicy sweet roasted crisp"),
-    "music": _topic("violin singer drum melody choir piano concert flute chorus trumpet", "played tuned composed hummed", "loud gentle rhythmic solemn"),
-    "law": _topic("judge lawyer court witness verdict trial jury statute prisoner contract", "accused sentenced defended acquitted", "guilty legal innocent unjust"),
-    "garden": _topic("gardener rose tulip hedge soil lawn weed petal fountain orchid", "planted watered trimmed picked", "leafy fragrant muddy wild"),
-    "school": _topic("pupil lesson exam chalk desk essay grammar homework tutor classroom", "taught graded copied studied", "clever lazy diligent curious"),
-    "space": _topic("rocket planet astronaut comet orbit telescope moon galaxy satellite crater", "launched orbited observed explored", "distant lunar weightless cosmic"),
-    "medicine": _topic("doctor nurse patient fever pill vaccine surgeon wound clinic symptom", "healed treated examined prescribed", "sick healthy contagious feverish"),
-    "weather": _topic("cloud thunder rain frost breeze hail fog blizzard rainbow drizzle", "soaked chilled darkened flooded", "humid windy icy sunny"),
-    "farm": _topic("farmer tractor cow wheat barn sheep plough harvest rooster hay", "milked sowed fed herded", "fertile rural fat woolly"),
-    "theatre": _topic("actor stage curtain script audience costume drama director rehearsal mask", "performed applauded rehearsed staged", "tragic comic famous dramatic"),
-    "money": _topic("banker loan profit debt tax invoice budget investor salary dividend", "borrowed invested audited repaid", "rich bankrupt cheap costly"),
-    "mountain": _topic("climber summit glacier cliff ridge avalanche cave trail tent valley", "climbed reached descended crossed", "steep rocky snowy alpine"),
-    "computing": _topic("programmer server keyboard network database screen compiler virus backup password", "compiled debugged deleted installed", "digital encrypted faulty obsolete"),
-    "railway": _topic("conductor locomotive carriage platform signal tunnel timetable luggage passenger bridge", "boarded derailed delayed whistled", "express crowded punctual electric"),
-    "sport": _topic("striker goal referee sprinter coach medal racket tournament defender trophy", "kicked scored trained defeated", "athletic fast victorious exhausted"),
-}  # fmt: skip
+    "sea": Topic(
+        words("sailor anchor wave captain whale reef sail tide cargo lighthouse"),
+        words("steered hoisted sank towed"),
+        words("salty stormy deep coastal"),
+    ),
+    "kitchen": Topic(
+        words("cook oven soup flour butter onion spoon recipe pepper dough"),
+        words("stirred baked tasted chopped"),
+        words("spicy sweet roasted crisp"),
+    ),
+    "music": Topic(
+        words("violin singer drum melody choir piano concert flute chorus trumpet"),
+        words("played tuned composed hummed"),
+        words("loud gentle rhythmic solemn"),
+    ),
+    "law": Topic(
+        words("judge lawyer court witness verdict trial jury statute prisoner contract"),
+        words("accused sentenced defended acquitted"),
+        words("guilty legal innocent unjust"),
+    ),
+    "garden": Topic(
+        words("gardener rose tulip hedge soil lawn weed petal fountain orchid"),
+        words("planted watered trimmed picked"),
+        words("leafy fragrant muddy wild"),
+    ),
+    "school": Topic(
+        words("pupil lesson exam chalk desk essay grammar homework tutor classroom"),
+        words("taught graded copied studied"),
+        words("clever lazy diligent curious"),
+    ),
+    "space": Topic(
+        words("rocket planet astronaut comet orbit telescope moon galaxy satellite crater"),
+        words("launched orbited observed explored"),
+        words("distant lunar weightless cosmic"),
+    ),
+    "medicine": Topic(
+        words("doctor nurse patient fever pill vaccine surgeon wound clinic symptom"),
+        words("healed treated examined prescribed"),
+        words("sick healthy contagious feverish"),
+    ),
+    "weather": Topic(
+        words("cloud thunder rain frost breeze hail fog blizzard rainbow drizzle"),
+        words("soaked chilled darkened flooded"),
+        words("humid windy icy sunny"),
+    ),
+    "farm": Topic(
+        words("farmer tractor cow wheat barn sheep plough harvest rooster hay"),
+        words("milked sowed fed herded"),
+        words("fertile rural fat woolly"),
+    ),
+    "theatre": Topic(
+        words("actor stage curtain script audience costume drama director rehearsal mask"),
+        words("performed applauded rehearsed staged"),
+        words("tragic comic famous dramatic"),
+    ),
+    "money": Topic(
+        words("banker loan profit debt tax invoice budget investor salary dividend"),
+        words("borrowed invested audited repaid"),
+        words("rich bankrupt cheap costly"),
+    ),
+    "mountain": Topic(
+        words("climber summit glacier cliff ridge avalanche cave trail tent valley"),
+        words("climbed reached descended crossed"),
+        words("steep rocky snowy alpine"),
+    ),
+    "computing": Topic(
+        words("programmer server keyboard network database screen compiler virus backup password"),
+        words("compiled debugged deleted installed"),
+        words("digital encrypted faulty obsolete"),
+    ),
+    "railway": Topic(
+        words("conductor locomotive carriage platform signal tunnel timetable luggage passenger bridge"),
+        words("boarded derailed delayed whistled"),
+        words("express crowded punctual electric"),
+    ),
+    "sport": Topic(
+        words("striker goal referee sprinter coach medal racket tournament defender trophy"),
+        words("kicked scored trained defeated"),
+        words("athletic fast victorious exhausted"),
+    ),
+}

@@ -27,20 +27,22 @@ def capture(
 ) -> dict[str, Tensor]:
     """Activations of some hooks on these tokens, as compact copies under the names they were asked by.
 
-    Equal, bit for bit, to `run_with_cache` on the same batches. No gradients; layers above the last hook do not run and an
-    activation is freed as soon as the wanted positions are copied. Costs one forward (less the layers above), and two over
-    two or three tokens when a hook is first used.
+    Equal, bit for bit, to `run_with_cache` on the same batches. No gradients; layers above the last hook do not run
+    and an activation is freed as soon as the wanted positions are copied. Costs one forward (less the layers above),
+    and two over two or three tokens when a hook is first used.
 
-    Rows are taken as they are, padding included: with right padding in a causal model real tokens are not affected, with
-    left padding they are. Interventions that are active are seen.
+    Rows are taken as they are, padding included: with right padding in a causal model real tokens are not affected,
+    with left padding they are. Interventions that are active are seen.
 
     Args:
-        hooks: A name, a glob, a list of either or a predicate; see `interp.hooks.resolve_many`. Keys are names as given; for
-            globs and predicates as listed by `interp.hooks.names`; in forward order.
-        positions: None keeps all. An int keeps one position of every row and drops the axis; a list keeps these positions of
-            every row. A tensor is per row: [batch] keeps one each and drops the axis, [batch, k] keeps k each. Negative
-            positions count from the end of the row. In an attention pattern positions are destinations.
-        batch_size: Rows per forward; all at once by default. On most machines other sizes round differently in the last bit.
+        hooks: A name, a glob, a list of either or a predicate; see `interp.hooks.resolve_many`. Keys are names as
+            given; for globs and predicates as listed by `interp.hooks.names`; in forward order.
+        positions: None keeps all. An int keeps one position of every row and drops the axis; a list keeps these
+            positions of every row. A tensor is per row: [batch] keeps one each and drops the axis, [batch, k] keeps
+            k each. Negative positions count from the end of the row. In an attention pattern positions are
+            destinations.
+        batch_size: Rows per forward; all at once by default. On most machines other sizes round differently in the
+            last bit.
         device: Where results are put; the model's device by default.
         max_bytes: Refuse results larger than this, before the forward.
 
@@ -52,7 +54,8 @@ def capture(
         ValueError: If tokens or positions do not fit, or the result would be larger than `max_bytes`.
 
     Example:
-        >>> found = capture(bridge, p.clean, "blocks.*.hook_resid_post", positions=p.positions["end"])   # doctest: +SKIP
+        >>> found = capture(bridge, p.clean, "blocks.*.hook_resid_post", positions=p.positions["end"])   # doctest:
+        +SKIP
         >>> found["blocks.0.hook_resid_post"].shape                                                     # doctest: +SKIP
         torch.Size([64, 128])
     """
@@ -63,7 +66,8 @@ def capture(
     names = resolve_many(bridge, hooks)
     n, n_pos = tokens.shape
     chosen = _positions(positions, n, n_pos)
-    shapes = {name: _shape(name, layout, chosen, n, n_pos) for name, layout in layouts(bridge, names).items()}
+    layout = layouts(bridge, names)
+    shapes = {name: _shape(name, layout[name], chosen, n, n_pos) for name in names}
     model = next(iter(bridge.original_model.parameters()))
     _check_budget(shapes, model.element_size(), max_bytes)
     found: dict[str, Tensor] = {}
@@ -79,13 +83,13 @@ def capture(
 
             return read
 
-        readers = {name: reader(name, layout.position_axis) for name, layout in layouts(bridge, names).items()}
-        forward(bridge, tokens[rows], readers)
+        forward(bridge, tokens[rows], {name: reader(name, layout[name].position_axis) for name in names})
     return {name: found[name] for name in names}
 
 
 def _positions(positions: Any, n: int, n_pos: int) -> int | Tensor | None:
-    """An int, shared positions [k], per-row positions [batch] or [batch, k] as (marked by) their shape; all non-negative."""
+    """An int, shared positions [k], per-row positions [batch] or [batch, k] as (marked by) their shape; all
+    non-negative."""
     if positions is None:
         return None
     if isinstance(positions, int):
@@ -93,8 +97,8 @@ def _positions(positions: Any, n: int, n_pos: int) -> int | Tensor | None:
     elif isinstance(positions, Tensor):
         if positions.ndim not in (1, 2) or len(positions) != n or positions.is_floating_point():
             raise ValueError(
-                f"positions is a {positions.dtype} tensor {tuple(positions.shape)}; expected integers [{n}] or [{n}, k], one row "
-                f"per row of tokens. For the same positions in every row pass a list"
+                f"positions is a {positions.dtype} tensor {tuple(positions.shape)}; expected integers [{n}] or "
+                f"[{n}, k], one row per row of tokens. For the same positions in every row pass a list"
             )
         index = positions.cpu().long()
     else:
@@ -142,6 +146,6 @@ def _check_budget(shapes: dict[str, tuple[int, ...]], itemsize: int, max_bytes: 
         largest = max(sizes, key=lambda name: sizes[name])
         raise ValueError(
             f"these {len(sizes)} hooks would take {total:,} bytes, {sizes[largest]:,} of them {largest!r} "
-            f"{shapes[largest]}; max_bytes is {max_bytes:,}. Choose positions= or fewer hooks, raise max_bytes, or write "
-            f"to disk with interp.cache.harvest"
+            f"{shapes[largest]}; max_bytes is {max_bytes:,}. Choose positions= or fewer hooks, raise max_bytes, or "
+            f"write to disk with interp.cache.harvest"
         )

@@ -1,4 +1,5 @@
-"""Activations to disk: any number of tokens, several hooks in one pass, resumable, the same bytes however it was run."""
+"""Activations to disk: any number of tokens, several hooks in one pass, resumable, the same bytes however it was
+run."""
 
 from __future__ import annotations
 
@@ -53,35 +54,38 @@ def harvest(
 ) -> ActivationStore:
     """Write the activations of some hooks, one row per token, to a store on disk, and open it.
 
-    Call it again with the same arguments after any interruption (a kill, a full disk, a lost machine): finished shards are
-    kept and not computed again, and the store ends byte for byte as if nothing had happened. On a finished store it does
-    nothing but compare tokens, and it rebuilds shards whose files are missing or of the wrong size: to repair what
-    `ActivationStore.verify` reports, delete the files it names and call this again. Under `torchrun` the processes share the
-    shards (a shared file system is needed between machines, and the model on `accelerate.PartialState().device`); any number
-    of them gives the same store, provided that each uses as many threads (torchrun sets one).
+    Call it again with the same arguments after any interruption (a kill, a full disk, a lost machine): finished
+    shards are kept and not computed again, and the store ends byte for byte as if nothing had happened. On a
+    finished store it only compares tokens, and rebuilds shards whose files are missing or of the wrong size: to
+    repair what `ActivationStore.verify` reports, delete the files it names and call this again. Under `torchrun` the
+    processes share the shards (a shared file system is needed between machines, and the model on
+    `accelerate.PartialState().device`); any number of them gives the same store, provided that each uses as many
+    threads (torchrun sets one).
 
-    Costs one forward per batch without the layers above the last hook. A batch that crosses from one shard to the next is
-    run again by a process that has to make only the second, always with the same examples in it, since values change in
-    the last bit with the size of a batch. Memory: two shards of all hooks, whatever the number of tokens.
+    Costs one forward per batch without the layers above the last hook. A batch that crosses from one shard to the
+    next is run again by a process that has to make only the second, always with the same examples in it, since
+    values change in the last bit with the size of a batch. Memory: two shards of all hooks, whatever the number of
+    tokens.
 
     Args:
-        tokens: Ids [example, pos], or an iterable of such tensors or of (tensor, labels) pairs, for streams of any length. A
-            stream is read once, from its start; to resume, or in several processes, give it again from the start: rows of
-            finished shards are compared with it, and not run. Each item is cut into batches on its own.
-        hooks: A name, a glob, a list of either or a predicate; see `interp.hooks.resolve_many`. They must have one row per
-            token (not attention patterns).
+        tokens: Ids [example, pos], or an iterable of such tensors or of (tensor, labels) pairs, for streams of any
+            length. A stream is read once, from its start; to resume, or in several processes, give it again from the
+            start: rows of finished shards are compared with it, and not run. Each item is cut into batches on its own.
+        hooks: A name, a glob, a list of either or a predicate; see `interp.hooks.resolve_many`. They must have one
+            row per token (not attention patterns).
         dtype: Stored type: float32, bfloat16 or float16; the model's own by default.
         shard_tokens: Rows per file.
         resume: False refuses a path that holds a store.
-        labels: For tokens in one tensor: name to numbers or text, [example, pos] or one per example. Kept aligned with rows.
+        labels: For tokens in one tensor: name to numbers or text, [example, pos] or one per example. Kept aligned
+            with rows.
         positions: Keep these positions only, the same in every example; negative ones count from the end.
-        skip_tokens: Keep no rows of these token ids (BOS, padding). Padded rows are otherwise stored like any other; padding
-            on the left moves the positions of what follows, as in any plain forward.
+        skip_tokens: Keep no rows of these token ids (BOS, padding). Padded rows are otherwise stored like any other;
+            padding on the left moves the positions of what follows, as in any plain forward.
         progress: Show a bar with the time left.
 
     Raises:
-        FloatingPointError: At a NaN or an infinity, or a value outside the range of `dtype`; names hook, example and token.
-            Earlier shards are kept.
+        FloatingPointError: At a NaN or an infinity, or a value outside the range of `dtype`; names hook, example and
+            token. Earlier shards are kept.
         OSError: If a shard cannot be written, e.g. because the disk is full. Finished shards are kept.
         StoreError: If the path holds a store of something else; names what differs.
         ValueError: If tokens, labels or hooks do not fit, before any forward.
@@ -133,7 +137,9 @@ def harvest(
     return ActivationStore(path)
 
 
-def check_hooks(bridge: Any, hooks: Any, dtype: torch.dtype | None) -> tuple[list[str], dict[str, tuple[int, ...]], torch.dtype]:
+def check_hooks(
+    bridge: Any, hooks: Any, dtype: torch.dtype | None
+) -> tuple[list[str], dict[str, tuple[int, ...]], torch.dtype]:
     """Hook names, their shapes at one token, and the stored type; raises where a hook has no row per token."""
     names = resolve_many(bridge, hooks)
     shapes: dict[str, tuple[int, ...]] = {}
@@ -150,6 +156,12 @@ def check_hooks(bridge: Any, hooks: Any, dtype: torch.dtype | None) -> tuple[lis
     return names, shapes, dtype
 
 
+class _Process(NamedTuple):
+    rank: int
+    world: int
+    wait: Callable[[], None]
+
+
 def _run(
     bridge: Any,
     stream: Stream,
@@ -161,7 +173,8 @@ def _run(
     writer: Writer,
     bar: Any,
 ) -> int:
-    """Go through the stream once, running the batches that this process's missing shards need. Returns the number of rows."""
+    """Go through the stream once, running the batches that this process's missing shards need. Returns the number of
+    rows."""
     size = manifest["settings"]["shard_tokens"]
     done = {index: record for index, record in read_records(path, manifest).items() if is_intact(path, record)}
     current: Shard | None = None
@@ -208,16 +221,10 @@ def _run(
     beyond = [record for index, record in done.items() if index * size >= row]
     if beyond or not row:
         raise StoreError(
-            f"the tokens given now have {row} rows; the store {path} has rows up to {max((r['stop'] for r in beyond), default=0)}. "
-            f"Pass the same tokens from the start, or another path"
+            f"the tokens given now have {row} rows; the store {path} has rows up to "
+            f"{max((r['stop'] for r in beyond), default=0)}. Pass the same tokens from the start, or another path"
         )
     return row
-
-
-class _Process(NamedTuple):
-    rank: int
-    world: int
-    wait: Callable[[], None]
 
 
 def _process(bridge: Any) -> _Process:
@@ -251,7 +258,9 @@ def _prepare(path: Path, settings: dict[str, Any], origin: dict[str, Any], n_row
 def _check_same(path: Path, manifest: dict[str, Any], settings: dict[str, Any], n_rows: int | None) -> None:
     stored = {**manifest["settings"], "rows": manifest["n_tokens"]}
     given = {**settings, "rows": n_rows if None not in (n_rows, manifest["n_tokens"]) else manifest["n_tokens"]}
-    differing = [f"{key}: {stored.get(key)!r} there, {given[key]!r} now" for key in given if stored.get(key) != given[key]]
+    differing = [
+        f"{key}: {stored.get(key)!r} there, {given[key]!r} now" for key in given if stored.get(key) != given[key]
+    ]
     if differing:
         raise StoreError(
             f"{path} holds another harvest, so it cannot be resumed with these arguments. Different are "

@@ -1,0 +1,113 @@
+"""Induction: a list of random tokens said twice; the answer is what followed the last token the first time."""
+
+from __future__ import annotations
+
+import random
+import re
+from typing import Any
+
+import torch
+
+from interp import tinyworld
+from interp.prompts._build import check_n, generator, world_split
+from interp.prompts._prompts import Prompts
+from interp.prompts._tokens import token_strings, uses_bos
+from interp.tinyworld import Split
+from interp.tinyworld.families.lists import LIST_WORDS
+
+
+def induction(
+    bridge: Any,
+    n: int = 64,
+    seed: int = 0,
+    *,
+    length: int = 12,
+    repeated: int | None = None,
+    split: Split | None = None,
+) -> Prompts:
+    """Random tokens, then the first of them again: `a b c d e f a b c` -> d. Works for any tokenizer, and without one.
+
+    The tokens of a list are all different. The corrupted prompt has another token where the answer stood in the first
+    copy, and that token is the foil. Positions: `match` (the last token's first occurrence), `source` (the answer's
+    only occurrence, one later: what an induction head attends to), `end`.
+
+    Args:
+        bridge: The model; a tinyworld model gets lists of its own words, any other random tokens that hold a letter or
+            a digit.
+        n: Number of examples.
+        seed: Seed of every choice.
+        length: Tokens in the list.
+        repeated: How many of them are said again, from 1 to `length - 1`; half of the list by default. The answer is as
+            far back in every example, so a head that attends to a fixed distance also solves it: vary `length` to tell
+            the two apart.
+        split: tinyworld only. `"heldout"` (default): lists whose contents the models never saw.
+
+    Raises:
+        ValueError: If the vocabulary is too small or the context too short for such a list.
+
+    Source:
+        Olsson et al. 2022 (arXiv:2209.11895), repeated random tokens; the corrupted prompt is our own.
+    """
+    check_n("induction", n)
+    if length < 2:
+        raise ValueError(f"length={length}: a list needs at least 2 tokens, one to match and one to answer")
+    repeated = length // 2 if repeated is None else repeated
+    if not 1 <= repeated < length:
+        raise ValueError(
+            f"repeated={repeated} must lie between 1 and length - 1 = {length - 1}, so that the list has an answer"
+        )
+    tokenizer = bridge.tokenizer
+    world = tokenizer is not None and tinyworld.is_tinyworld(tokenizer)
+    split = world_split("induction", split, world=world)
+    rng = generator("induction", seed)
+    pool = [tinyworld.IDS[word] for word in LIST_WORDS] if world else _pool(bridge, rng)
+    if len(pool) <= length:
+        raise ValueError(
+            f"induction with length={length} needs {length + 1} different tokens, but the tokenizer has {len(pool)} "
+            "that hold a letter or a digit; ask for a shorter list"
+        )
+    first = [tokenizer.bos_token_id] if tokenizer is not None and uses_bos(bridge) else []
+    rows: list[tuple[list[int], int]] = []
+    while len(rows) < n:
+        *words, foil = rng.sample(pool, length + 1)
+        if world and tinyworld.held_out("induction", [tinyworld.VOCABULARY[token] for token in words]) != (
+            split == "heldout"
+        ):
+            continue
+        rows.append((words, foil))
+    clean = torch.tensor([[*first, *words, *words[:repeated]] for words, _ in rows])
+    source = len(first) + repeated
+    corrupted = clean.clone()
+    corrupted[:, source] = torch.tensor([foil for _, foil in rows])
+    positions = {"match": source - 1, "source": source}
+    prompts = Prompts(
+        clean,
+        corrupted,
+        answers=clean[:, source].clone(),
+        foils=corrupted[:, source].clone(),
+        positions={name: torch.full((n,), position) for name, position in positions.items()},
+        labels={"length": (length,) * n, "repeated": (repeated,) * n},
+        name="induction",
+        seed=seed,
+    )
+    return (prompts if tokenizer is None else prompts.decoded(bridge)).check(bridge)
+
+
+def _pool(bridge: Any, rng: random.Random) -> list[int]:
+    """Up to 4000 tokens, drawn from the whole vocabulary; a special, byte or mark token is no word to repeat."""
+    tokenizer = bridge.tokenizer
+    if tokenizer is None:
+        return list(range(bridge.cfg.d_vocab))
+    size = min(bridge.cfg.d_vocab, len(tokenizer))  # embeddings are often padded beyond the tokenizer
+    drawn = rng.sample(range(size), min(size, 4000))  # decoding a vocabulary of 250,000 one by one takes seconds
+    special = set(tokenizer.all_special_ids)
+    texts = token_strings(tokenizer, drawn)
+    raw = dict(zip(drawn, tokenizer.convert_ids_to_tokens(drawn), strict=True))
+    return [
+        token
+        for token in drawn
+        if token not in special
+        and any(character.isalnum() for character in texts[token])
+        and "\ufffd" not in texts[token]
+        and not re.fullmatch(r"<.*>", raw[token] or "<>")
+    ]

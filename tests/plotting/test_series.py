@@ -1,0 +1,113 @@
+"""Tests of lines, bars and strips: values, intervals, colours of roles, refusals."""
+
+from __future__ import annotations
+
+import numpy as np
+import pandas as pd
+import pytest
+import xarray as xr
+
+from interp import plotting
+from interp.plotting.style import ROLE_COLOURS
+
+WORDS = {"title": "T", "unit": "recovery (fraction)"}
+
+
+def test_lines_hold_the_values_with_gaps_and_bands(table: pd.DataFrame) -> None:
+    figure = plotting.lines(table, x="layer", group="direction", interval=("low", "high"), reference=1.0, **WORDS)
+    band, line, _, other = figure.data
+    np.testing.assert_array_equal(line.y, [0, 1, 2, np.nan, 4, 5])
+    np.testing.assert_array_equal(line.customdata[:3], [[-0.25, 0.5], [0.75, 1.5], [1.75, 2.5]])
+    assert line.line.color == ROLE_COLOURS["denoise"] != other.line.color
+    # Two polygons, before and after the gap: there along the high end, back along the low end.
+    np.testing.assert_array_equal(band.x, [0, 1, 2, 2, 1, 0, np.nan, 4, 5, 5, 4])
+    np.testing.assert_array_equal(band.y, [0.5, 1.5, 2.5, 1.75, 0.75, -0.25, np.nan, 4.5, 5.5, 4.75, 3.75])
+    assert figure.layout.shapes[0].y0 == figure.layout.shapes[0].y1 == 1.0
+    assert (figure.layout.xaxis.title.text, figure.layout.yaxis.title.text) == ("Layer", "recovery (fraction)")
+
+
+def test_lines_sort_by_x_and_take_labelled_arrays() -> None:
+    shuffled = pd.DataFrame({"layer": [2, 0, 1], "value": [5.0, 3.0, 4.0]})
+    assert list(plotting.lines(shuffled, x="layer", **WORDS).data[0].y) == [3.0, 4.0, 5.0]
+    array = xr.DataArray([[1.0, 2.0], [3.0, 4.0]], dims=("site", "layer"), coords={"site": ["z", "q"], "layer": [0, 1]})
+    figure = plotting.lines(array, x="layer", group="site", **WORDS)
+    assert {trace.name: list(trace.y) for trace in figure.data} == {"z": [1.0, 2.0], "q": [3.0, 4.0]}
+    both = plotting.bars(xr.Dataset({"estimate": array[0], "low": array[0] - 1, "high": array[0] + 1}), x="layer",
+                         y="estimate", interval=("low", "high"), **WORDS)  # fmt: skip
+    assert list(both.data[0].error_y.array) == [1.0, 1.0]
+
+
+def test_bars_keep_the_order_and_draw_the_interval() -> None:
+    frame = pd.DataFrame(
+        {"head": ["L9H6", "L2H1", "L<4>"], "value": [2.0, -1.0, 1.0], "low": [1.5, -3.0, 0.0], "high": [3.0, 0, 1]}
+    )
+    bar = plotting.bars(frame, x="head", interval=("low", "high"), **WORDS).data[0]
+    assert list(bar.x) == ["L9H6", "L2H1", "L&lt;4&gt;"] and list(bar.y) == [2.0, -1.0, 1.0]
+    assert list(bar.error_y.array) == [1.0, 1.0, 0.0] and list(bar.error_y.arrayminus) == [0.5, 2.0, 1.0]
+    lying = plotting.bars(frame, x="head", interval=("low", "high"), horizontal=True, **WORDS)
+    assert list(lying.data[0].x) == [2.0, -1.0, 1.0] and list(lying.data[0].error_x.array) == [1.0, 1.0, 0.0]
+    assert lying.layout.yaxis.autorange == "reversed"  # the first name is at the top
+
+
+def test_roles_have_the_same_colour_in_every_kind_of_figure(table: pd.DataFrame) -> None:
+    frame = pd.DataFrame({"x": ["clean", "other"], "value": [1.0, 2.0]})
+    assert plotting.bars(frame, x="x", **WORDS).data[0].marker.color[0] == ROLE_COLOURS["clean"]
+    grouped = plotting.bars(frame.assign(run="clean"), x="x", group="run", **WORDS)
+    assert grouped.data[0].marker.color == ROLE_COLOURS["clean"]
+    assert plotting.strip({"clean": [1.0]}, **WORDS).data[0].marker.color == ROLE_COLOURS["clean"]
+
+
+def test_strip_shows_every_example_its_mean_and_interval() -> None:
+    values = {"clean": [1.0, np.nan, 3.0], "corrupted": [-1.0, -2.0]}
+    figure = plotting.strip(values, interval={"corrupted": (-2.5, -1.0), "clean": (1.5, 2.25)}, **WORDS)
+    clean, corrupted, centre = figure.data
+    assert list(clean.y) == [1.0, 3.0] and list(corrupted.y) == [-1.0, -2.0]
+    assert list(clean.text) == ["example 0", "example 2"]
+    assert (abs(clean.x - 0) <= 0.25).all() and (abs(corrupted.x - 1) <= 0.25).all()
+    assert list(centre.y) == [2.0, -1.5]
+    assert list(centre.error_y.array) == [0.25, 0.5] and list(centre.error_y.arrayminus) == [0.5, 1.0]
+    assert list(figure.layout.xaxis.ticktext) == ["clean", "corrupted"]
+
+
+def test_strip_takes_labelled_arrays_and_a_given_mean() -> None:
+    values = xr.DataArray(np.arange(6.0).reshape(3, 2), dims=("example", "head"), coords={"head": [4, 7]})
+    figure = plotting.strip(values, mean=[10.0, 20.0], labels=["a", "<b>", "c"], **WORDS)
+    assert list(figure.data[1].y) == [1.0, 3.0, 5.0] and list(figure.data[2].y) == [10.0, 20.0]
+    assert list(figure.data[0].text)[1] == "example 1<br>&lt;b&gt;"
+    assert list(figure.layout.xaxis.ticktext) == ["4", "7"]
+    assert figure.layout.xaxis.title.text == "Head"
+    assert list(plotting.strip(values[:, 0], interval=[0, 4], **WORDS).data[0].y) == [0.0, 2.0, 4.0]
+
+
+def test_refusals_say_what_to_do(table: pd.DataFrame) -> None:
+    with pytest.raises(KeyError, match=r"no column 'directio'.*Did you mean 'direction'\?"):
+        plotting.lines(table, x="layer", group="directio", **WORDS)
+    with pytest.raises(ValueError, match=r"several values at layer=0.*group="):
+        plotting.lines(table, x="layer", **WORDS)
+    with pytest.raises(ValueError, match="several bars for layer=0"):
+        plotting.bars(table, x="layer", **WORDS)
+    with pytest.raises(ValueError, match=r"row 0 ends below its start: \[0\.5, -0\.25\]"):
+        plotting.lines(table, x="layer", group="direction", interval=("high", "low"), **WORDS)
+    with pytest.raises(ValueError, match=r"numbers on the x axis.*use bars"):
+        plotting.lines(table, x="direction", y="layer", **WORDS)
+    with pytest.raises(ValueError, match="all of the column 'value' is NaN"):
+        plotting.lines(table.assign(value=np.nan), x="layer", group="direction", **WORDS)
+    long = pd.DataFrame({"pos": range(20_001), "value": 0.0})
+    with pytest.raises(ValueError, match=r"20001 points.*20000.*average first"):
+        plotting.lines(long, x="pos", **WORDS)
+
+
+def test_strip_refusals_say_what_to_do() -> None:
+    cube = xr.DataArray(np.zeros((2, 3, 4)), dims=("layer", "pos", "example"))
+    with pytest.raises(ValueError, match=r"at most one other.*sel\(layer="):
+        plotting.strip(cube, **WORDS)
+    with pytest.raises(ValueError, match=r"interval has shape \(3,\) but the groups need \[1, 2\]"):
+        plotting.strip({"a": [1.0]}, interval=[1, 2, 3], **WORDS)
+    with pytest.raises(ValueError, match="group 'b' has no values: all 1 are NaN"):
+        plotting.strip({"a": [1.0], "b": [np.nan]}, **WORDS)
+    with pytest.raises(ValueError, match=r"no entry for the groups \['b'\]"):
+        plotting.strip({"a": [1.0], "b": [1.0]}, interval={"a": (0, 1)}, **WORDS)
+    with pytest.raises(ValueError, match="got 1 labels for 2 examples in group 'a'"):
+        plotting.strip({"a": [1.0, 2.0]}, labels=["x"], **WORDS)
+    with pytest.raises(ValueError, match=r"ends below its start: \[2\.0, 1\.0\]"):
+        plotting.strip({"a": [1.0]}, interval=[2, 1], **WORDS)
