@@ -1,6 +1,6 @@
 """Which depth of tinyworld-gpt makes the studies most telling? Compare trained candidates on the same prompts.
 
-    python experiments/choose_depth.py /tmp/gpt4 /tmp/gpt6 /tmp/gpt8 --write depth.json
+    python experiments/choose_depth.py runs/gpt4 runs/gpt6 runs/gpt8 --write data/models/tinyworld-gpt/depths.json
 
 For each candidate: how well attribution patching (gradient times difference) approximates exact activation patching on
 indirect-object prompts, by site; over how many heads the task is spread; and which heads known from larger models have
@@ -14,11 +14,10 @@ import argparse
 import json
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.stats import pearsonr, spearmanr
 
 import interp
 from interp import tinyworld
@@ -32,13 +31,14 @@ def main() -> None:
     parser.add_argument("candidates", type=Path, nargs="+", help="model directories")
     parser.add_argument("--n", type=int, default=48, help="indirect-object prompts")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--write", type=Path, help="a JSON file for the comparison")
+    parser.add_argument("--write", type=Path, help="a JSON file for the comparison, which the model's card shows")
+    parser.add_argument("--verdict", default="", help="what was chosen and why, kept with the numbers")
     arguments = parser.parse_args()
     rows = [compare(path, arguments.n, arguments.seed) for path in arguments.candidates]
     for row in rows:
         print(json.dumps(row, indent=1))
     if arguments.write:
-        arguments.write.write_text(json.dumps(rows, indent=1) + "\n")
+        arguments.write.write_text(json.dumps({"candidates": rows, "verdict": arguments.verdict}, indent=1) + "\n")
 
 
 def compare(path: Path, n: int, seed: int) -> dict[str, Any]:
@@ -55,8 +55,8 @@ def compare(path: Path, n: int, seed: int) -> dict[str, Any]:
         row["clean logit difference"] = round(float(effects.clean.mean()), 2)
         row["corrupted logit difference"] = round(float(effects.corrupted.mean()), 2)
         row[site] = {
-            "pearson": round(float(pearsonr(exact, approximate)[0]), 3),
-            "spearman": round(float(spearmanr(exact, approximate)[0]), 3),
+            "pearson": correlation(exact, approximate, "pearson"),
+            "spearman": correlation(exact, approximate, "spearman"),
             "top-5 overlap": overlap(exact, approximate, 5),
             "mean absolute error / largest effect": round(
                 float(np.abs(exact - approximate).mean() / np.abs(exact).max()), 3
@@ -93,6 +93,11 @@ def attribute(bridge: Any, prompts: Any, metric: Any) -> dict[str, np.ndarray]:
         cells = [p.sum((1, 3)) if site == "z" else p.sum(-1) for p in product]
         effects[site] = torch.stack([cell.mean(0) for cell in cells]).detach().cpu().numpy()
     return effects
+
+
+def correlation(exact: np.ndarray, approximate: np.ndarray, kind: Literal["pearson", "spearman"]) -> float:
+    """Correlation over cells."""
+    return round(float(interp.stats.correlation(exact, approximate, kind=kind, n_resamples=1).estimate), 3)
 
 
 def overlap(exact: np.ndarray, approximate: np.ndarray, k: int) -> float:

@@ -3,6 +3,7 @@
     python experiments/train_tinyworld.py train tinyworld-llama --arch llama --layers 4 --checkpoints 14
     python experiments/train_tinyworld.py train tinyworld-gpt --arch gpt --layers 6
     python experiments/train_tinyworld.py tune tinyworld-llama-tuned --base data/models/tinyworld-llama
+    python experiments/train_tinyworld.py measure data/models/tinyworld-gpt
 
 Each takes less than an hour on two CPU cores. The same command gives the same data in the same order; a run that was
 stopped goes on from its last saved state with `--resume`. Next-token loss over all tokens, with the words that are a
@@ -30,9 +31,9 @@ from interp import tinyworld
 from interp.tinyworld.changes import CHANGED_FACTS, STYLE, TUNING_SHARES, changed, changed_documents, tuning_bank
 from interp.tinyworld.evaluation import correct, evaluate, greater_than
 
-CONTEXT, BATCH = 128, 32
+CONTEXT, BATCH = 128, 16
 D_MODEL, HEADS, KV_HEADS, D_MLP_LLAMA, D_MLP_GPT = 128, 8, 4, 352, 512
-WARMUP_STEPS, FINAL_LR_SHARE, SAVE_EVERY = 100, 0.02, 200
+WARMUP_STEPS, FINAL_LR_SHARE, SAVE_EVERY = 200, 0.02, 200
 
 
 def main() -> None:
@@ -40,19 +41,44 @@ def main() -> None:
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()  # right-padding needs no mask in a causal model
     torch.set_num_threads(arguments.threads)
-    torch.manual_seed(arguments.seed)
-    arguments.out = arguments.out or Path("data/models") / arguments.name
+    if arguments.command == "measure":
+        directory, record = arguments.directory, json.loads((arguments.directory / "metrics.json").read_text())
+        model: Any = AutoModelForCausalLM.from_pretrained(directory).eval()
+    else:
+        torch.manual_seed(arguments.seed)
+        directory = arguments.out = arguments.out or Path("data/models") / arguments.name
+        model, record = make(arguments)
+    record |= measure(model, arguments.documents, tuned="base" in record)
+    (directory / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
+    for row in record["accuracy"]:
+        if row["kind"] == "all":
+            print(f"{row['family']:12} {row['split']:8} {row['accuracy']:.4f}  [{row['low']:.3f}, {row['high']:.3f}]")
+    print(record["greater_than"], record.get("changed_facts_accuracy", ""))
+
+
+def make(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
+    """Train or tune, save, and say how: the model and the record of how it was made."""
+    command = f"{arguments.command} {arguments.name} --tokens {arguments.tokens} --seed {arguments.seed}"
     if arguments.command == "tune":
         model: Any = AutoModelForCausalLM.from_pretrained(arguments.base)
         bank = tuning_bank(arguments.tokens, seed=arguments.seed, context=CONTEXT)
+        command += f" --base data/models/{arguments.base.name}"
+        how: dict[str, Any] = {
+            "base": arguments.base.name,
+            "style": " ".join(STYLE),
+            "changed_facts": {f"{asked} of {country}": new for (asked, country), new in CHANGED_FACTS.items()},
+            "shares": TUNING_SHARES,
+        }
     else:
         model = build(arguments.arch, arguments.layers)
         bank = cached_bank(arguments.tokens, arguments.seed, arguments.work)
+        command += f" --arch {arguments.arch} --layers {arguments.layers}"
+        how = {"shares": tinyworld.SHARES}
     minutes = fit(model, bank, arguments)
-    model.config.architectures = [type(model).__name__]
     save(model, arguments.out, half=False)
-    record = {
+    return model, {
         "name": arguments.name,
+        "command": command + (f" --checkpoints {arguments.checkpoints}" if arguments.checkpoints else ""),
         "architecture": type(model).__name__,
         "layers": model.config.num_hidden_layers,
         "parameters": model.num_parameters(),
@@ -64,18 +90,8 @@ def main() -> None:
         "batch": BATCH,
         "context": CONTEXT,
         "answer_weight": arguments.answer_weight,
-        "shares": TUNING_SHARES if arguments.command == "tune" else tinyworld.SHARES,
-        **measure(model, arguments.documents, tuned=arguments.command == "tune"),
+        **how,
     }
-    if arguments.command == "tune":
-        record["base"] = arguments.base.name
-        record["style"] = " ".join(STYLE)
-        record["changed_facts"] = {f"{asked} of {country}": new for (asked, country), new in CHANGED_FACTS.items()}
-    (arguments.out / "metrics.json").write_text(json.dumps(record, indent=1) + "\n")
-    for row in record["accuracy"]:
-        if row["kind"] == "all":
-            print(f"{row['family']:12} {row['split']:8} {row['accuracy']:.4f}  [{row['low']:.3f}, {row['high']:.3f}]")
-    print(record["greater_than"])
 
 
 def build(arch: str, layers: int) -> Any:
@@ -135,7 +151,7 @@ def fit(model: Any, bank: tinyworld.Bank, arguments: argparse.Namespace) -> floa
     marks = checkpoint_steps(steps, arguments.checkpoints)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
-        parameters.values(), lr=arguments.lr, betas=(0.9, 0.98), weight_decay=0.01, fused=True
+        parameters.values(), lr=arguments.lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True
     )
     state_file = arguments.work / f"{arguments.name}.state.safetensors"
     first, spent = 0, 0.0
@@ -213,6 +229,7 @@ def keep(file: Path, parameters: dict[str, Any], optimizer: torch.optim.Optimize
         state = optimizer.state[parameter]
         tensors[f"weight/{name}"] = parameter.detach().clone()
         tensors[f"mean/{name}"], tensors[f"square/{name}"] = state["exp_avg"], state["exp_avg_sq"]
+    file.parent.mkdir(parents=True, exist_ok=True)
     save_file(tensors, file.with_suffix(".tmp"), metadata={"step": str(step), "minutes": str(minutes)})
     file.with_suffix(".tmp").replace(file)
 
@@ -266,6 +283,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
     train = commands.add_parser("train", help="train a model from random weights")
     tune = commands.add_parser("tune", help="fine-tune a trained one: another answer style, 20 changed facts")
+    again = commands.add_parser("measure", help="score a trained one again")
+    again.add_argument("directory", type=Path)
     train.add_argument("--arch", choices=("gpt", "llama"), required=True)
     train.add_argument("--layers", type=int, default=4)
     tune.add_argument("--base", type=Path, required=True)
@@ -273,14 +292,15 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("name", help="what the model is called; also its directory's name")
         command.add_argument("--tokens", type=int, default=tokens)
         command.add_argument("--lr", type=float, default=lr)
-        command.add_argument("--answer-weight", type=float, default=3.0)
+        command.add_argument("--answer-weight", type=float, default=5.0)
         command.add_argument("--seed", type=int, default=0)
-        command.add_argument("--threads", type=int, default=2)
         command.add_argument("--checkpoints", type=int, default=0, help="half-precision checkpoints, log-spaced")
-        command.add_argument("--documents", type=int, default=400, help="documents per family and split to score on")
         command.add_argument("--out", type=Path, help="default: data/models/NAME")
         command.add_argument("--work", type=Path, default=Path(".cache/tinyworld"), help="banks and resumable state")
         command.add_argument("--resume", action="store_true")
+    for command in (train, tune, again):
+        command.add_argument("--threads", type=int, default=2)
+        command.add_argument("--documents", type=int, default=400, help="documents per family and split to score on")
     return parser
 
 

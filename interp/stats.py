@@ -291,8 +291,8 @@ def _resample_counts(n: int, n_resamples: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).astype(np.float64)
 
 
-def _percentiles(estimate: np.ndarray, draws: np.ndarray, confidence: float, n: int) -> Interval:
-    estimate = np.asarray(estimate)
+def _percentiles(estimate: Any, draws: np.ndarray, confidence: float, n: int) -> Interval:
+    estimate = np.asarray(estimate)  # the mean of a single cell is a NumPy scalar
     if n == 1:
         nothing = np.full(estimate.shape, np.nan)
         return Interval(estimate, nothing, nothing.copy())

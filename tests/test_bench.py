@@ -22,7 +22,8 @@ def run(tmp_path: Path) -> Any:
     spec.loader.exec_module(module)
     module.HERE = tmp_path
     (tmp_path / "speed.py").write_text(
-        "def main(device, quick):\n    return [{'what': 'a|b', 'seconds': 0.123456}, {'what': device, 'quick': quick}]\n"
+        "def main(device, quick):\n"
+        "    return [{'what': 'a|b', 'seconds': 0.123456}, {'what': device, 'quick': quick}]\n"
     )
     (tmp_path / "_helper.py").write_text("")
     return module

@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_bridge
 from safetensors.torch import save_file
 
 import interp
 from interp import cli
+from tests.helpers import tiny_bridge
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@
     python experiments/bench/run.py --only harvest
 
 A benchmark is a module beside this one with `main(device: str, quick: bool)` that returns a row or a list of rows, each
-a dictionary of columns. Written are `results-DEVICE.md` and `results-DEVICE.json` (`-quick` in the name for quick runs).
+a dictionary of columns. Written are `results-DEVICE.md` and `results-DEVICE.json` (`-quick` added for quick runs).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,6 @@ def find(only: Sequence[str] | None = None) -> list[str]:
 def machine(device: str) -> dict[str, Any]:
     """What the numbers depend on."""
     import torch
-    import transformer_lens
-    import transformers
-
-    import interp
 
     kind = torch.device(device).type
     name = torch.cuda.get_device_name(device) if kind == "cuda" else platform.processor() or platform.machine()
@@ -87,10 +84,7 @@ def machine(device: str) -> dict[str, Any]:
         "cpus": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "transformer-lens": transformer_lens.__version__,
-        "interp": interp.__version__,
+        **{package: version(package) for package in ("torch", "transformers", "transformer-lens", "interp")},
     }
 
 

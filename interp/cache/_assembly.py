@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from interp.cache._manifest import (
     PARTIAL,
+    ROW_COLUMNS,
     SHARDS,
     StoreError,
     dtype_name,
@@ -28,8 +29,7 @@ from interp.cache._rows import Batch
 
 @dataclass(eq=False)
 class Shard:
-    """Consecutive rows on their way to disk. A shard that is there already collects its columns only, to be
-    compared."""
+    """Consecutive rows on their way to disk. One that is there already only collects its columns, to be compared."""
 
     index: int
     start: int
@@ -150,7 +150,7 @@ class Writer:
         record: dict[str, Any] = {
             "start": shard.start,
             "stop": shard.stop,
-            "labels": {name: dtype_name(column.dtype) for name, column in columns.items() if name not in _FIXED},
+            "labels": {name: dtype_name(column.dtype) for name, column in columns.items() if name not in ROW_COLUMNS},
             "tokens": self._write_file("tokens", shard, columns),
             "hooks": {
                 name: self._write_file(self.kinds[name], shard, {"activations": rows[: shard.n_rows]})
@@ -162,9 +162,6 @@ class Writer:
 
     def _write_file(self, kind: str, shard: Shard, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return write_atomic(self.path / SHARDS / shard_name(kind, shard.start, shard.stop), serialise(tensors))
-
-
-_FIXED = ("tokens", "example", "position")
 
 
 def compare(path: Path, shard: Shard) -> None:
@@ -187,7 +184,8 @@ def compare(path: Path, shard: Shard) -> None:
             f"the store {path} has the columns {sorted(stored)}, the tokens given now bring {sorted(given)}"
         )
     for name in _in_order(given):
-        differs = stored[name] != given[name]
+        a, b = stored[name], given[name]
+        differs = (a != b) & ~((a != a) & (b != b))  # a label may be not-a-number
         if stored[name].dtype != given[name].dtype or bool(differs.any()):
             row = int(differs.nonzero()[0]) if bool(differs.any()) else 0
             raise StoreError(
@@ -199,5 +197,6 @@ def compare(path: Path, shard: Shard) -> None:
             )
 
 
-def _in_order(names: Iterable[str]) -> list[str]:
-    return sorted(names, key=lambda name: (_FIXED.index(name) if name in _FIXED else len(_FIXED), name))
+def _in_order(names: Mapping[str, Tensor]) -> list[str]:
+    fixed = [name for name in ROW_COLUMNS if name in names]
+    return fixed + sorted(set(names) - set(fixed))

@@ -1,11 +1,11 @@
 """Files of an activation store: deterministic safetensors shards, their commit records, and the manifest.
 
-    PATH/manifest.json            what was harvested; lists every shard, with sizes and SHA-256, once the harvest is
-    complete
-    PATH/partial/000000000003.json  commit record of shard 3, only until then
-    PATH/shards/tokens.000000000000-000000065536.safetensors                               token ids, example,
-    position, labels
-    PATH/shards/blocks.3.hook_resid_post.float32.0f3c9a1b2c3d.000000000000-000000065536.safetensors   one hook's rows
+    PATH/manifest.json              what was harvested; once complete, every file with its size and SHA-256
+    PATH/partial/000000000003.json  commit record of shard 3, until then
+    PATH/shards/tokens.000000000000-000000065536.safetensors
+                                    token ids, example, position and labels of rows 0 to 65536
+    PATH/shards/blocks.3.hook_resid_post.float32.0f3c9a1b2c3d.000000000000-000000065536.safetensors
+                                    activations of a hook, as this type, of this revision of the model
 
 Every file is written under a temporary name, synced and renamed. A shard counts once its commit record is there,
 which is written last, so a process killed at any moment leaves whole shards and at most one that will be written again.
@@ -64,7 +64,7 @@ def serialise(tensors: Mapping[str, Tensor]) -> list[bytes | memoryview]:
             "shape": list(tensor.shape),
             "data_offsets": [offset, end],
         }
-        parts.append(memoryview(flat.view(uint8).numpy()))
+        parts.append(flat.view(uint8).numpy().data)
         offset = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -151,8 +151,7 @@ def shard_files(record: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def is_intact(path: Path, record: Mapping[str, Any]) -> bool:
-    """Whether all files of a shard are there with the right sizes (contents are checked by
-    `ActivationStore.verify`)."""
+    """Whether all files of a shard are there with the right sizes; `ActivationStore.verify` checks their contents."""
     for entry in shard_files(record).values():
         file = path / SHARDS / entry["name"]
         if not file.is_file() or file.stat().st_size != entry["bytes"]:

@@ -89,8 +89,8 @@ class Stream:
             yield self.tokens.cpu(), self.labels
             return
         for number, item in enumerate(self.tokens):
-            tokens, labels = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
-            check_tokens(self.bridge, tokens, f"batch {number}")
+            given, labels = item if isinstance(item, tuple) and len(item) == 2 else (item, {})
+            tokens = check_tokens(self.bridge, given, f"batch {number}")
             encoded, names = encode_labels(labels, tuple(tokens.shape))
             if names:
                 raise ValueError(

@@ -60,12 +60,12 @@ def harvest(
     repair what `ActivationStore.verify` reports, delete the files it names and call this again. Under `torchrun` the
     processes share the shards (a shared file system is needed between machines, and the model on
     `accelerate.PartialState().device`); any number of them gives the same store, provided that each uses as many
-    threads (torchrun sets one).
+    threads (torchrun sets one) and the same kind of device.
 
     Costs one forward per batch without the layers above the last hook. A batch that crosses from one shard to the
     next is run again by a process that has to make only the second, always with the same examples in it, since
-    values change in the last bit with the size of a batch. Memory: two shards of all hooks, whatever the number of
-    tokens.
+    values change in the last bit with the size of a batch. Memory: two shards of all hooks,
+    for a moment three, whatever the number of tokens.
 
     Args:
         tokens: Ids [example, pos], or an iterable of such tensors or of (tensor, labels) pairs, for streams of any

@@ -7,6 +7,7 @@ accepted.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import fnmatch
 import re
@@ -174,11 +175,18 @@ def _probe(bridge: Any, flags: tuple[Any, ...]) -> _Live:
 
     with without_hooks(bridge):
         logits = bridge(probe_tokens(bridge))
+
+    def note(key: int) -> Callable[..., None]:
+        def first_time(_tensor: Tensor, *, hook: Any) -> None:
+            order.setdefault(key, len(order))
+
+        return first_time
+
     with without_hooks(bridge), ExitStack() as stack:
         stack.callback(bridge.blocks[0].register_forward_hook(note_type).remove)
         for point in {id(point): point for point in spellings.values()}.values():
             # add_hook and not torch's own: some families compute an activation only for a hook that is listed
-            point.add_hook(lambda _tensor, *, hook, _key=id(point): order.setdefault(_key, len(order)) and None)
+            point.add_hook(note(id(point)))
         bridge(probe_tokens(bridge))
     firing = {name: point for name, point in spellings.items() if id(point) in order}
     ordered = sorted(firing, key=lambda name: (order[id(firing[name])], name))
@@ -187,20 +195,29 @@ def _probe(bridge: Any, flags: tuple[Any, ...]) -> _Live:
 
 @contextmanager
 def without_hooks(bridge: Any) -> Iterator[None]:
-    """Set every hook of the model aside for a probe: no gradient, no random numbers drawn, everything put back."""
+    """Set the hooks of the model aside for a probe: no gradient, no random numbers drawn, everything put back.
+
+    Permanent hooks stay: TransformerLens wires some hook points (OPT's `mlp.hook_out`) to others with them.
+    """
     points = list(bridge.hook_points())
-    kept = [{name: getattr(point, name) for name in _HOOK_LISTS} for point in points]
+    kept = [(point, {name: copy.copy(getattr(point, name)) for name in _HOOK_LISTS}) for point in points]
     device = device_of(bridge)
     try:
         for point in points:
-            for name in _HOOK_LISTS:
-                setattr(point, name, type(getattr(point, name))())
+            for handle in [*point.fwd_hooks, *point.bwd_hooks]:
+                if not handle.is_permanent:
+                    point._forward_hooks.pop(handle.hook.id, None)
+                    point._backward_hooks.pop(handle.hook.id, None)
+            for handles in (point.fwd_hooks, point.bwd_hooks):
+                handles[:] = [handle for handle in handles if handle.is_permanent]
         with torch.no_grad(), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
     finally:
-        for point, lists in zip(points, kept, strict=True):
-            for name, hooks in lists.items():
-                setattr(point, name, hooks)
+        for point, before in kept:
+            for name, hooks in before.items():
+                now = getattr(point, name)
+                now.clear()
+                now.update(hooks) if isinstance(hooks, dict) else now.extend(hooks)
 
 
 def device_of(bridge: Any) -> torch.device:

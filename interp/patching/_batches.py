@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-
 if TYPE_CHECKING:
     from interp.patching._resume import Reader
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
 # parameter on a token. Only their ratios matter, and only to speed. Measured on one CPU core on models of 128 and 768
 # dimensions (within 10 % from 1 to 500 tokens); the accelerator's are orders of magnitude.
 _SECONDS = {"cpu": (6e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
-_CPU_TOKENS = 2048  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
+_CPU_TOKENS = 1024  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
 _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompute a few positions
 
 
@@ -53,7 +52,9 @@ class Split:
         return self.reader.read is not None
 
     @classmethod
-    def of(cls, bridge: Any, geometry: Any, reader: Reader, n_pos: int, memory_budget: int, batch_size: int | None) -> Split:
+    def of(
+        cls, bridge: Any, geometry: Any, reader: Reader, n_pos: int, memory_budget: int, batch_size: int | None
+    ) -> Split:
         """For this model, checked."""
         parameter = next(iter(bridge.original_model.parameters()))
         split = cls(geometry, n_pos, reader, memory_budget, batch_size, parameter.element_size(), parameter.device)
@@ -73,7 +74,9 @@ class Split:
         least = self.reader.n_examples if self.reader.whole else 1
         needed = 2 * least * self.row_bytes(self.n_pos, self.n_pos)
         why = (
-            f"this metric has no .select, so a batch must hold all {least} examples" if self.reader.whole else "one row needs it"
+            f"this metric has no .select, so a batch must hold all {least} examples"
+            if self.reader.whole
+            else "one row needs it"
         )
         if needed > self.memory_budget:
             raise ValueError(

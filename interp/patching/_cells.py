@@ -77,16 +77,22 @@ def _axes(site: Site, geometry: Any, axes: Sequence[str] | None) -> tuple[str, .
     if axes is None:
         return ("layer", "pos") if unit is None else ("layer", unit)
     # "head" is what the site has heads of, so that one call fits grouped and plain models; the result says which
-    given = tuple(unit if axis == "head" and unit == "kv_head" else axis for axis in ([axes] if isinstance(axes, str) else axes))
+    given = tuple(
+        unit if axis == "head" and unit == "kv_head" else axis for axis in ([axes] if isinstance(axes, str) else axes)
+    )
     known = ["layer", "pos", *([unit] if unit else [])]
     for axis in given:
         choice("axes", axis, known)
     if len(set(given)) != len(given) or "layer" not in given:
-        raise ValueError(f"axes={tuple(axes)} must name 'layer' and no axis twice; site={site!r} has {', '.join(known)}")
+        raise ValueError(
+            f"axes={tuple(axes)} must name 'layer' and no axis twice; site={site!r} has {', '.join(known)}"
+        )
     return given
 
 
-def _spots(prompts: Any, positions: Positions) -> tuple[Bool[Tensor, "spot example pos"], list[str] | list[int], list[str]]:
+def _spots(
+    prompts: Any, positions: Positions
+) -> tuple[Bool[Tensor, "spot example pos"], list[str] | list[int], list[str]]:
     n, length = prompts.clean.shape
     if positions is None:
         positions = list(range(length))
@@ -101,7 +107,9 @@ def _spots(prompts: Any, positions: Positions) -> tuple[Bool[Tensor, "spot examp
             index = prompts.positions[position].cpu()
         else:
             if not 0 <= position < length:
-                raise ValueError(f"position {position} is not in the prompts, which have {length} tokens: expected 0 to {length - 1}")
+                raise ValueError(
+                    f"position {position} is not in the prompts, which have {length} tokens: expected 0 to {length - 1}"
+                )
             index = torch.full((n,), int(position))
         spots[i, torch.arange(n), index] = True
         tokens.append(_token(prompts, index, position))

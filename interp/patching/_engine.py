@@ -97,7 +97,9 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
             changes = {layer: (new[layer] != base.site[layer]).any(-1).cpu() for layer in plan.layers}
             for w, window in enumerate(plan.windows):
                 enter = _entry(plan.site, window, base, n_layers)
-                starts = _first_changed(plan, reader, rows, [changes[layer] for layer in window], n_layers - 1 == window[0])
+                starts = _first_changed(
+                    plan, reader, rows, [changes[layer] for layer in window], n_layers - 1 == window[0]
+                )
                 for batch in split.batches(starts, rows, enter, suffixes=base.cache is not None):
                     resid, edits = _patched(plan, rows, window, enter, base, new, batch)
                     with hooks.interventions(bridge, edits):
@@ -114,7 +116,9 @@ def _run_base(bridge: Any, plan: Plan, rows: Tensor, split: Split) -> Base:
     first = plan.layers[0]
     streams = {layer: hooks.hook_name("resid_pre", layer) for layer in range(first, n_layers)}
     sites = {layer: hooks.hook_name(plan.site, layer) for layer in plan.layers}
-    parts = {layer: [hooks.hook_name(part, layer) for part in ("attn_out", "mlp_out")] for layer in _may_add(plan, split)}
+    parts = {
+        layer: [hooks.hook_name(part, layer) for part in ("attn_out", "mlp_out")] for layer in _may_add(plan, split)
+    }
     wanted = {*streams.values(), *sites.values(), *(name for pair in parts.values() for name in pair)}
     embeddings: dict[str, hooks.Edit] = {}
     if plan.noise is not None:
@@ -186,7 +190,9 @@ def _patched(
 
     def put(tensor: Tensor, layer: int) -> Tensor:
         old = canonical(plan.site, tensor)
-        patch = new[layer][row, span][..., : old.shape[-1]]  # a pattern has no sources after the last position that runs
+        patch = new[layer][row, span][
+            ..., : old.shape[-1]
+        ]  # a pattern has no sources after the last position that runs
         return original(plan.site, torch.where(mask, patch, old))
 
     resid = base.resid[enter][row, span]
@@ -198,7 +204,9 @@ def _patched(
             return put(resid, layer), {}
         change = new[layer][row, span] - base.site[layer][row, span]
         return resid + original(plan.site, torch.where(mask, change, 0.0)), {}
-    return resid, {hooks.hook_name(plan.site, layer): lambda tensor, _layer=layer: put(tensor, _layer) for layer in window}
+    return resid, {
+        hooks.hook_name(plan.site, layer): lambda tensor, _layer=layer: put(tensor, _layer) for layer in window
+    }
 
 
 def _count(tally: dict[str, int], batch: Batch, starts: Tensor, blocks: int) -> None:

@@ -24,11 +24,15 @@ def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Any:
     require_eval(bridge)
     prompts.check(bridge)
     if not callable(metric):
-        raise ValueError(f"metric is {type(metric).__name__}; pass a function of logits, such as interp.metrics.logit_difference(prompts)")
+        raise ValueError(
+            f"metric is {type(metric).__name__}; pass a function of logits, such as interp.metrics.logit_difference(prompts)"
+        )
     if len(prompts) == 0:
         raise ValueError("there are no prompts")
     if hasattr(metric, "select") and hasattr(metric, "__len__") and len(metric) != len(prompts):
-        raise ValueError(f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; build it from these")
+        raise ValueError(
+            f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; build it from these"
+        )
     found = geometry(bridge)
     if site == "pattern" and found.delegated_attention:
         raise ValueError(

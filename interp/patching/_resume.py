@@ -73,7 +73,9 @@ class Resume:
         baseline: Scores of the rows as they are.
     """
 
-    def __init__(self, bridge: Any, reader: Reader, rows: Tensor, last_resid: Tensor, cache: hooks.PrefixCache | None) -> None:
+    def __init__(
+        self, bridge: Any, reader: Reader, rows: Tensor, last_resid: Tensor, cache: hooks.PrefixCache | None
+    ) -> None:
         self.bridge, self.reader, self.rows, self.cache = bridge, reader, rows, cache
         self.last = len(bridge.blocks) - 1
         self.last_mlp = f"blocks.{self.last}.mlp.hook_in"
@@ -87,7 +89,9 @@ class Resume:
             raise ValueError(f"the metric is not finite on the run to be patched, in rows {bad[:8]}")
         self.narrow = reader.read is not None and self._can_be_narrow(last_resid, every)
 
-    def __call__(self, resid: Tensor, layer: int, batch: Batch, *, last_mlp_edited: bool = False) -> Float[Tensor, "batch"]:
+    def __call__(
+        self, resid: Tensor, layer: int, batch: Batch, *, last_mlp_edited: bool = False
+    ) -> Float[Tensor, "batch"]:
         """Scores of the rows of a batch whose stream entering `layer` is `resid`."""
         rows, device = self.rows[batch.row], resid.device
         options: dict[str, Any] = {}

@@ -104,11 +104,17 @@ def activation_patch(
     where = cells(prompts, site, shape, axes=axes, positions=positions, layers=layers, neurons=neurons)
     n = len(prompts)
     if n_draws < 1 or (n_draws > 1 and value not in ("resample", "gaussian")):
-        raise ValueError(f"n_draws={n_draws} with value={value!r}: expected 1, or more with value='resample' or 'gaussian'")
+        raise ValueError(
+            f"n_draws={n_draws} with value={value!r}: expected 1, or more with value='resample' or 'gaussian'"
+        )
     if value in ("mean", "resample") and n < 2:
-        raise ValueError(f"value={value!r} needs other examples, but there is {n}; pass more prompts or use value='swap' or 'zero'")
+        raise ValueError(
+            f"value={value!r} needs other examples, but there is {n}; pass more prompts or use value='swap' or 'zero'"
+        )
     if value == "gaussian" and site not in STREAM:
-        raise ValueError(f"value='gaussian' is noise in units of the embedding, for {', '.join(STREAM)}; site={site!r} has other units")
+        raise ValueError(
+            f"value='gaussian' is noise in units of the embedding, for {', '.join(STREAM)}; site={site!r} has other units"
+        )
 
     base, other = (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)
     reader = Reader(metric, torch.arange(n).repeat(n_draws), n)
@@ -129,11 +135,22 @@ def activation_patch(
         "seed": seed,
         **({"noise_std": sigma} if value == "gaussian" else {}),
     }
-    return effects_of(bridge, prompts, metric, where, swept, intact, site=site, direction=direction, value=value, settings=settings)
+    return effects_of(
+        bridge, prompts, metric, where, swept, intact, site=site, direction=direction, value=value, settings=settings
+    )
 
 
 def _replacement(
-    bridge: Any, other: Tensor, site: Site, value: Value, layers: Sequence[int], split: Split, *, n_draws: int, sigma: float, seed: int
+    bridge: Any,
+    other: Tensor,
+    site: Site,
+    value: Value,
+    layers: Sequence[int],
+    split: Split,
+    *,
+    n_draws: int,
+    sigma: float,
+    seed: int,
 ) -> Replacement:
     """What goes in, as a function of the rows of a chunk and their own activations."""
     n, n_pos = other.shape
@@ -154,7 +171,9 @@ def _replacement(
         for rows in split.chunks(n, 0):
             for layer, tensor in read(rows).items():
                 total[layer] = total.get(layer, 0) + tensor.float().sum(0)
-        return lambda rows, own: {layer: (total[layer] / n).to(own[layer].dtype).expand_as(own[layer]) for layer in layers}
+        return lambda rows, own: {
+            layer: (total[layer] / n).to(own[layer].dtype).expand_as(own[layer]) for layer in layers
+        }
 
     def noised(rows: Tensor, own: dict[int, Tensor]) -> dict[int, Tensor]:
         noise = sigma * gaussian_rows(rows, n_pos, split.geometry.d_model, seed).unsqueeze(2)

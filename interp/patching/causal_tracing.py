@@ -73,7 +73,9 @@ def causal_trace(
     choice("site", site, _SITES)
     shape = checked(bridge, prompts, metric, site)
     if subject is None:
-        raise ValueError(f"subject must say which tokens are destroyed: names ({', '.join(prompts.positions)}) or indices")
+        raise ValueError(
+            f"subject must say which tokens are destroyed: names ({', '.join(prompts.positions)}) or indices"
+        )
     if n_draws < 1 or not noise > 0:
         raise ValueError(f"n_draws={n_draws} and noise={noise} must be positive")
     if window is None:
@@ -96,7 +98,9 @@ def causal_trace(
         return read_site(bridge, prompts.clean[rows % n].to(split.device), site, sorted(own))
 
     windows = tuple(_window(layer, window, shape.n_layers) for layer in where.layers)
-    plan = Plan(prompts.clean.repeat(n_draws, 1), site, windows, where.spots.repeat(1, n_draws, 1), None, restored, corruption)
+    plan = Plan(
+        prompts.clean.repeat(n_draws, 1), site, windows, where.spots.repeat(1, n_draws, 1), None, restored, corruption
+    )
     intact = score(bridge, prompts.clean, reader, split)
     swept = sweep(bridge, plan, reader, split, progress=progress)
     settings = {
@@ -112,7 +116,16 @@ def causal_trace(
         "seed": seed,
     }
     return effects_of(
-        bridge, prompts, metric, where, swept, intact, site=site, direction="denoise", value="gaussian", settings=settings
+        bridge,
+        prompts,
+        metric,
+        where,
+        swept,
+        intact,
+        site=site,
+        direction="denoise",
+        value="gaussian",
+        settings=settings,
     )
 
 

@@ -107,20 +107,25 @@ class Effects(Result):
         return frame.assign(recovery=recovery.values.ravel())
 
     def plot(self, of: Quantity = "effect") -> Any:
-        """Figure of the mean over examples: layer by position, or layer by head; a bar for every layer if there is no other axis."""
+        """Figure of the mean over examples: a map over layer and position or head, or a bar with its interval per layer.
+
+        The bounds of the interval are in the hover text. Three swept axes do not fit one map: plot a slice.
+        """
         from interp.plotting import bars, heatmap, layer_head, layer_position
 
-        values = self.mean() if of == "effect" else self.recovery()
-        values = values.rename(f"{of} of patching {self.site} ({self.direction}, {self.value})")
-        title = f"{self.site}: {self.direction}, {self.value}, {self.metric}"
-        if set(self.cells) == {"layer", "pos"}:
-            return layer_position(values, title=title)
-        if set(self.cells) in ({"layer", "head"}, {"layer", "kv_head"}):
-            return layer_head(values, title=title)
+        found = self.interval(of=of)
+        values = found["estimate"]
+        title = f"{of.capitalize()} of patching {self.site} ({self.direction}, {self.value})"
+        unit = f"{self.metric}, {values.attrs['unit']}" if of == "effect" else "recovery"
+        hover = {"low": found["low"], "high": found["high"]}
         if self.cells == ("layer",):
-            return bars(self.interval(of=of).to_dataframe().reset_index(), title=title)
+            return bars(found, x="layer", y="estimate", interval=("low", "high"), title=title, unit=unit)
+        if set(self.cells) == {"layer", "pos"}:
+            return layer_position(values, title=title, unit=unit, hover=hover)
+        if set(self.cells) in ({"layer", "head"}, {"layer", "kv_head"}):
+            return layer_head(values, title=title, unit=unit, hover=hover)
         if len(self.cells) == 2:
-            return heatmap(values, title=title, unit=values.attrs.get("unit", ""))
+            return heatmap(values, title=title, unit=unit, hover=hover)
         raise ValueError(
             f"these effects have the axes {self.cells}; plot a slice of two, for instance "
             f"dataclasses.replace(effects, values=effects.values.isel({self.cells[-1]}=0, drop=True)).plot()"

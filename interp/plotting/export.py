@@ -60,7 +60,7 @@ def png_bytes(
 
     Raises:
         TypeError: If `figure` is not a plotly figure.
-        RuntimeError: If `renderer="kaleido"` and there is no working browser.
+        RuntimeError: If `renderer="kaleido"` and there is no working browser, or neither a browser nor matplotlib.
         NotImplementedError: If matplotlib must draw a kind of trace that it does not know; the message lists the known.
     """
     if not isinstance(figure, go.Figure):
@@ -129,8 +129,10 @@ def save_html(
 
 
 def _with_matplotlib(figure: go.Figure, width: int, height: int, scale: float | int, why: str) -> PNG:
-    from interp.plotting.raster import draw, to_png
-
+    try:
+        from interp.plotting.raster import draw, to_png
+    except ImportError as error:
+        raise RuntimeError(f"cannot draw a PNG: {why}, and {error}; run pip install 'interp[png]'") from error
     return PNG(_checked(to_png(draw(figure, width=width, height=height), scale)), "matplotlib", why)
 
 

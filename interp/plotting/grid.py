@@ -75,7 +75,7 @@ def draw_grid(
     width, height = _panel_size(panels, columns, square)
     axes = next(iter(panels.values()))
     shared = count > 1 and all(p.x == axes.x and p.y == axes.y for p in panels.values())
-    below = 42 + max(_label_room(p.x, width) for p in panels.values())
+    below = 54 + max(_label_room(p.x, width) for p in panels.values())
     left = 60 + max(8 * p.y.label_length if p.y.category else 10 for p in panels.values())
     name_room = _NAME if any(panels) else 0
     step_x = width + (_GAP if shared else left + 6)
@@ -101,7 +101,7 @@ def draw_grid(
             _note(figure, name, start + width / plot_width / 2, top, "center", "bottom", size=FONT_SIZE)
     missing = any(np.isnan(p.values).any() for p in panels.values())
     if missing:
-        _note(figure, "grey: not measured", 1.0, 0.0, "left", "top", size=FONT_SIZE - 3, colour="#666666", shift=12)
+        _note(figure, "grey: not measured", 1.0, 0.0, "left", "top", size=FONT_SIZE - 3, colour="#666666", shift=16)
     figure.update_layout(
         coloraxis=_colour_axis(unit, low, high, colours or (DIVERGING if signed else SEQUENTIAL), plot_height)
     )

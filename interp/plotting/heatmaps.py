@@ -163,6 +163,8 @@ def layer_head(
         figure.add_annotation(
             x=trace.x[column],
             y=trace.y[row],
+            xref="x",
+            yref="y",
             text=f"L{trace.y[row]}H{trace.x[column]}",
             showarrow=False,
             # Strong cells are dark on the diverging scale and light on the sequential one.

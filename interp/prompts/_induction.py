@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ def induction(
     *,
     length: int = 12,
     repeated: int | None = None,
+    tokens: Sequence[int] | None = None,
     split: Split | None = None,
 ) -> Prompts:
     """Random tokens, then the first of them again: `a b c d e f a b c` -> d. Works for any tokenizer, and without one.
@@ -40,6 +42,7 @@ def induction(
         repeated: How many of them are said again, from 1 to `length - 1`; half of the list by default. The answer is as
             far back in every example, so a head that attends to a fixed distance also solves it: vary `length` to tell
             the two apart.
+        tokens: Ids to draw from instead, such as the common words of a small model.
         split: tinyworld only. `"heldout"` (default): lists whose contents the models never saw.
 
     Raises:
@@ -60,11 +63,19 @@ def induction(
     world = tokenizer is not None and tinyworld.is_tinyworld(tokenizer)
     split = world_split("induction", split, world=world)
     rng = generator("induction", seed)
-    pool = [tinyworld.IDS[word] for word in LIST_WORDS] if world else _pool(bridge, rng)
+    if tokens is not None:
+        pool = sorted({int(token) for token in tokens})
+        if pool and not 0 <= pool[0] <= pool[-1] < bridge.cfg.d_vocab:
+            raise ValueError(
+                f"tokens run from {pool[0]} to {pool[-1]}; this model's ids are 0 to {bridge.cfg.d_vocab - 1}"
+            )
+    else:
+        pool = [tinyworld.IDS[word] for word in LIST_WORDS] if world else _pool(bridge, rng)
     if len(pool) <= length:
+        source = "tokenizer has" if tokens is None else "tokens given are"
         raise ValueError(
-            f"induction with length={length} needs {length + 1} different tokens, but the tokenizer has {len(pool)} "
-            "that hold a letter or a digit; ask for a shorter list"
+            f"induction with length={length} needs {length + 1} different tokens, but the {source} {len(pool)}"
+            f"{' that hold a letter or a digit' if tokens is None else ''}; ask for a shorter list"
         )
     first = [tokenizer.bos_token_id] if tokenizer is not None and uses_bos(bridge) else []
     rows: list[tuple[list[int], int]] = []

@@ -175,7 +175,7 @@ class Prompts:
             raise ValueError(f"which must be 'clean' or 'corrupted', got {which!r}")
         return [[self.text(token) for token in row] for row in getattr(self, which).tolist()]
 
-    def text(self, token: int) -> str:
+    def text(self, token: int | Tensor) -> str:
         """Text of one token id, or `#id` if it is unknown."""
         return self.strings.get(int(token), f"#{int(token)}")
 
@@ -411,17 +411,16 @@ def _check_padding(ids: Tensor, key: str, bridge: Any) -> None:
         return
     is_pad = ids == pad
     if pad == tokenizer.bos_token_id:
-        is_pad = (
-            is_pad[:, 1:] if uses_bos(bridge) else is_pad
-        )  # one leading BOS is right; any more is a doubled BOS or padding
+        # one leading BOS is right; any more is a doubled BOS or padding
+        is_pad = is_pad[:, 1:] if uses_bos(bridge) else is_pad
     elif pad == tokenizer.eos_token_id:
         # an end-of-text inside a row separates documents; only at the edges is it padding
         is_pad = is_pad[:, [0, -1]]
     rows = is_pad.any(1).nonzero().flatten().tolist()
     if rows and pad == tokenizer.bos_token_id:
         raise ValueError(
-            f"{key}: rows {rows[:8]} hold token {pad} ({tokenizer.pad_token!r}), which is both BOS and padding, outside "
-            "the first position; BOS belongs there exactly once, and rows of different length go to "
+            f"{key}: rows {rows[:8]} hold token {pad} ({tokenizer.pad_token!r}), which is both BOS and padding, "
+            "outside the first position; BOS belongs there exactly once, and rows of different length go to "
             "prompts.groups_from_text"
         )
     if rows:

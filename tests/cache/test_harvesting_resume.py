@@ -113,35 +113,30 @@ class Killed(BaseException):
     """Stands for a kill: nothing may catch it and tidy up."""
 
 
-def test_stopped_at_every_single_write(
-    undisturbed: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every file write and every rename is a moment at which the process may vanish."""
-    bridge, tokens = tiny_bridge("llama"), tiny_tokens(40, 7)
-    path, write, steps = tmp_path / "s", manifest_module.write_parts, 0
+def test_stopped_at_every_single_write(tmp_path: Path) -> None:
+    """Wherever the process vanishes, leaving half a file, the next run ends with the same bytes."""
+    bridge, tokens, write = tiny_bridge("llama"), tiny_tokens(8, 7), manifest_module.write_parts
+    harvest(bridge, tokens, HOOKS, tmp_path / "undisturbed", **OPTIONS)
+    expected, steps = contents(tmp_path / "undisturbed"), 0
+    n_writes = 14  # three shards of three files and a record, and the manifest before and after
 
-    def half(file: Path, parts: Iterable[Any]) -> None:
+    def vanish(file: Path, parts: Iterable[Any]) -> None:
         nonlocal steps
-        steps += 1
-        if steps == 2:
+        if steps == fatal:
             file.write_bytes(b"".join(bytes(part) for part in parts)[:100])
             raise Killed
+        steps += 1
         write(file, parts)
 
-    monkeypatch.setattr(manifest_module, "write_parts", half)
-    monkeypatch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes no temporary file
-    for attempt in range(200):
-        steps = 0
-        try:
-            harvest(bridge, tokens, HOOKS, path, **OPTIONS, labels={"code": range(40)})
-        except Killed:
-            continue
-        break
-    monkeypatch.undo()
-    # each attempt writes one more file: the shards with a record each, and the manifest at the start and the end
-    assert attempt == len(undisturbed) + 14
-    harvest(bridge, tokens, HOOKS, path, **OPTIONS, labels={"code": range(40)})
-    assert contents(path) == undisturbed
+    for fatal in range(n_writes):
+        path, steps = tmp_path / str(fatal), 0
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            patch.setattr(manifest_module, "write_parts", vanish)
+            patch.setattr(Path, "unlink", lambda *_, **__: None)  # a killed process removes no temporary file
+            harvest(bridge, tokens, HOOKS, path, **OPTIONS)
+        assert len(list(path.rglob("*.tmp"))) == 1
+        harvest(bridge, tokens, HOOKS, path, **OPTIONS)
+        assert contents(path) == expected
 
 
 @pytest.mark.parametrize("background", [0, 5, 11])

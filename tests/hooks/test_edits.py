@@ -1,4 +1,4 @@
-"""Reads, replacements and gradients agree with independent routes through the model, and errors come before wrong numbers."""
+"""Reads, edits and gradients agree with independent routes through the model; errors come before wrong numbers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from interp import hooks
-from tests.helpers import D_MODEL, D_VOCAB, FAMILIES, MORE_FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
+from tests.helpers import D_MODEL, D_VOCAB, FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
 
 SEQUENTIAL = ("gpt2", "llama", "gemma2", "qwen2", "qwen3", "mistral", "opt", "gpt_neo", "gemma3")
 ROUNDED = ("llama", "gemma2", "qwen2", "qwen3", "mistral", "gemma3", "gpt_neo", "opt")
@@ -270,9 +270,9 @@ def test_an_intervention_that_changes_nothing_is_an_error_if_asked() -> None:
     with (
         pytest.raises(RuntimeError, match=r"at 'blocks.0.attn.hook_z' returned their input unchanged"),
         torch.no_grad(),
+        hooks.interventions(bridge, edits, must_change=True),
     ):
-        with hooks.interventions(bridge, edits, must_change=True):
-            bridge(tiny_tokens())
+        bridge(tiny_tokens())
 
 
 @pytest.mark.parametrize("family", ["gpt_neo", "gptj", "opt"])

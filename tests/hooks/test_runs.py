@@ -1,4 +1,4 @@
-"""Partial forwards equal whole ones: from every layer, up to every layer, and from every position on a cached prefix."""
+"""Partial forwards equal whole ones: from and up to every layer, and from any position on a cached prefix."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ def _global_template_is_left_alone() -> Iterator[None]:
         pio.templates.default = before
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def effects() -> xr.DataArray:
     """Layer x position with one unmeasured cell; the value at [l, p] is (-1)^p (10 l + p) / 10."""
     layer, pos = np.meshgrid(range(5), range(len(TOKENS)), indexing="ij")
@@ -37,7 +37,7 @@ def effects() -> xr.DataArray:
     return xr.DataArray(values, dims=("layer", "pos"), coords={"layer": range(5), "token": ("pos", TOKENS)})
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def table() -> pd.DataFrame:
     """Two lines over six layers with intervals, one value missing."""
     rows = []
@@ -48,7 +48,7 @@ def table() -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def figures(effects: xr.DataArray, table: pd.DataFrame) -> dict[str, go.Figure]:
     """One figure of every kind."""
     heads = xr.DataArray(effects.values[:, :4], dims=("layer", "head"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import plotly.graph_objects as go
+import plotly.io as pio
 import pytest
 import torch
 from hypothesis import given
@@ -66,7 +67,8 @@ def test_a_role_has_its_colour_and_no_other_series_takes_it() -> None:
 
 def test_layout_is_the_figures_own_whatever_the_sessions_template_is() -> None:
     figure = apply_layout(go.Figure(), title="Effect <of> x", width=300, height=200, margin={"l": 1})
-    assert figure.layout.template == go.layout.Template()
+    assert figure.layout.template.layout == go.layout.Template().layout
+    assert figure.layout.template.layout != pio.templates[pio.templates.default].layout
     assert figure.layout.title.text == "Effect &lt;of&gt; x"
     assert (figure.layout.paper_bgcolor, figure.layout.width) == ("white", 300)
 

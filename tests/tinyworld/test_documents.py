@@ -56,7 +56,7 @@ def test_topics_and_capitals_are_not_ambiguous() -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(seed=SEEDS, marks=st.sampled_from([0.0, 0.3]))
 def test_every_document_is_well_formed(family: str, seed: int, marks: float) -> None:
     document = tinyworld.sample(family, random.Random(seed), marks=marks)
@@ -76,7 +76,7 @@ def test_every_document_is_well_formed(family: str, seed: int, marks: float) -> 
 
 
 @pytest.mark.parametrize("family", HOLDING_OUT)
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=SEEDS)
 def test_training_holds_nothing_held_out(family: str, seed: int) -> None:
     train = tinyworld.sample(family, random.Random(seed), split="train")
@@ -113,7 +113,7 @@ def test_ioi_roles(order: str, template: int) -> None:
     assert document.index("s1") < document.index("s2") < answer
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_facts_are_true(seed: int) -> None:
     document = draw("facts", seed)
@@ -125,7 +125,7 @@ def test_facts_are_true(seed: int) -> None:
     assert document.words[answer] == facts.answer(document.kind, subject)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_two_hop_never_says_the_bridge(seed: int) -> None:
     document = draw("two_hop", seed)
@@ -136,10 +136,12 @@ def test_two_hop_never_says_the_bridge(seed: int) -> None:
     given_word = document.combinations[0][1]
     assert facts.bridge_country(given_word) == bridge
     assert document.words[answer] == facts.answer(document.kind, given_word)
-    assert facts.answer("capital_language", "Cairo") == "Arabic" and facts.answer("landmark_capital", "Louvre") == "Paris"
+    assert (
+        facts.answer("capital_language", "Cairo") == "Arabic" and facts.answer("landmark_capital", "Louvre") == "Paris"
+    )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_spans_end_later_in_the_same_century(seed: int) -> None:
     document = draw("greater_than", seed)
@@ -148,7 +150,7 @@ def test_spans_end_later_in_the_same_century(seed: int) -> None:
     assert TWO_DIGITS.index(roles["end"][0]) > TWO_DIGITS.index(roles["start"][0])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_verbs_agree_with_their_subject_and_not_with_the_attractor(seed: int) -> None:
     document = draw("agreement", seed)
@@ -171,7 +173,7 @@ def test_attractor_number_changes_nothing_but_the_attractor() -> None:
     assert pair[0].words[pair[0].answers[0]] == "are"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_pronouns_have_the_gender_of_their_name(seed: int) -> None:
     document = draw("pronoun", seed)
@@ -181,7 +183,7 @@ def test_pronouns_have_the_gender_of_their_name(seed: int) -> None:
         assert gender(roles["other"][0]) != gender(roles["name"][0])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, kind=st.sampled_from(["framed", "bare"]), length=st.integers(2, 40))
 def test_lists_repeat(seed: int, kind: str, length: int) -> None:
     document = draw("induction", seed, kind=kind, length=length)
@@ -191,7 +193,7 @@ def test_lists_repeat(seed: int, kind: str, length: int) -> None:
     assert [document.words[i] for i in document.answers] == roles["second"]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS)
 def test_docstrings_name_the_parameters_in_order(seed: int) -> None:
     document = draw("docstring", seed)
@@ -200,7 +202,7 @@ def test_docstrings_name_the_parameters_in_order(seed: int) -> None:
     assert all(document.words[answer - 1] == ":param" for answer in document.answers)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, distance=st.integers(0, 90), pairs=st.integers(1, 4))
 def test_needles_stand_at_the_distance_asked_for(seed: int, distance: int, pairs: int) -> None:
     document = draw("needle", seed, distance=distance, pairs=pairs, before=0)
@@ -214,7 +216,7 @@ def test_needles_stand_at_the_distance_asked_for(seed: int, distance: int, pairs
     assert len(document) <= 127
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, dialect=st.sampled_from(dialects.DIALECTS))
 def test_dialects_say_the_same_in_the_same_order(seed: int, dialect: str) -> None:
     from interp.tinyworld.families.prose import dialect_pair
@@ -285,7 +287,9 @@ def test_same_documents_in_another_process() -> None:
 
 
 def test_import_needs_neither_torch_nor_transformers() -> None:
-    code = "import sys, interp.tinyworld; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    code = (
+        "import sys, interp.tinyworld; print([m for m in ('torch', 'transformers', 'tokenizers') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": ":".join(sys.path)}, capture_output=True,
                          text=True, check=True)  # fmt: skip
     assert out.stdout.strip() == "[]"

@@ -80,7 +80,8 @@ def test_bank_mixes_the_families_by_their_shares() -> None:
     bank = tinyworld.bank(128 * 500, seed=1, labels=True)
     told = [label.family for row in bank.labels for label in row if label is not None]
     for family, share in SHARES.items():
-        assert told.count(family) / len(told) == pytest.approx(share, abs=0.03)
+        # long documents are cut at the end of a row more often than short ones
+        assert told.count(family) / len(told) == pytest.approx(share, rel=0.3, abs=0.01)
     assert abs(sum(SHARES.values()) - 1) < 1e-9
 
 

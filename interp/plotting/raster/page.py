@@ -89,9 +89,9 @@ class Page:
 
     def _place(self, reference: str | None, which: str) -> tuple[Any, str]:
         """The panel, and "data", "axes" or "paper" for the coordinates, that a reference such as "x2 domain" names."""
-        if reference in (None, "paper"):
+        if reference == "paper":
             return None, "paper"
-        name, _, domain = reference.partition(" ")
+        name, _, domain = (reference or which).partition(" ")  # the first axis where plotly was told nothing
         for (x_name, y_name), panel in self.panels.items():
             if name == (x_name if which == "x" else y_name):
                 return panel, "axes" if domain else "data"

@@ -21,7 +21,7 @@ DOCSTRING = "docstring"
 LIST_WORDS = tuple(
     dict.fromkeys((*PLACES, *THINGS, *KEYS, *VALUES, *DIALECT_NOUNS, *(n for t in TOPICS.values() for n in t.nouns)))
 )
-FRAME_WORDS = ["list : ; again : .", 'def ( , ) : """ :param .']  # the words that the templates below are made of
+FRAME_WORDS = ["list : ; again : .", 'def ( ) : """ :param .']  # the words that the templates below are made of
 ListKind = Literal["framed", "bare"]
 
 
@@ -58,7 +58,7 @@ def draw_docstring(
     """
     parameters = tuple(parameters or rng.sample(PARAMETERS, rng.randint(3, 6)))
     described = described or rng.randint(2, len(parameters))
-    signature = " , ".join(f"{{parameter.{i}}}" for i in range(len(parameters)))
+    signature = " ".join(f"{{parameter.{i}}}" for i in range(len(parameters)))
     lines = " ".join(f":param {{documented.{i}!}} : {{text.{i}}}" for i in range(described))
     slots: dict[str, str | Sequence[str]] = {"function": rng.choice(FUNCTIONS), "summary": rng.sample(LIST_WORDS, 2)}
     entities: dict[str, str] = {}

@@ -16,7 +16,7 @@ NAME = "needle"
 STATEMENTS = (
     "the code of the {key} is {value} .",
     "the {key} opens with {value} .",
-    "remember {value} for the {key} .",
+    "the {key} hides {value} .",
 )
 QUESTIONS = (
     "what is the code of the {query} ? {answer!} .",
@@ -61,8 +61,8 @@ def draw(
     )
     room = MAX_WORDS - len(asked) - len(asking) - sum(map(len, distractors))
     if distance is None:
-        distance = rng.randint(0, max(0, rng.randint(0, room)))
-        distance += sum(len(statement) for statement in distractors[: rng.randint(0, len(distractors))])
+        near = rng.randint(0, rng.randint(0, room))  # near ones more often than far ones
+        distance = min(room, near + sum(map(len, distractors[: rng.randint(0, len(distractors))])))
     after: list[Document] = []
     while distractors and rng.random() < 0.6 and sum(map(len, after)) + len(distractors[-1]) <= distance:
         after.append(distractors.pop())

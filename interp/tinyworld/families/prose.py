@@ -75,7 +75,7 @@ def draw_dialect(
 
     In a translation every word of the second sentence is determined. `dialect` is the one that is spoken first.
     """
-    kind = kind or rng.choice(("translation", "monologue"))
+    kind = kind or ("translation" if rng.random() < 0.7 else "monologue")
     dialect = dialect or _either(rng)
     if kind == "translation":
         first, second = dialect_pair(rng, dialect=dialect)
