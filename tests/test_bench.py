@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 from pathlib import Path
@@ -63,4 +64,6 @@ def test_every_benchmark_of_the_folder_has_a_main() -> None:
     modules = [path for path in RUN.parent.glob("*.py") if path != RUN and not path.stem.startswith("_")]
     assert modules
     for path in modules:
-        assert "def main(device: str, quick: bool)" in path.read_text(), path.name
+        functions = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef)]
+        (main,) = [node for node in functions if node.name == "main"]
+        assert [argument.arg for argument in main.args.args + main.args.kwonlyargs] == ["device", "quick"], path.name

@@ -64,8 +64,8 @@ def harvest(
 
     Costs one forward per batch without the layers above the last hook. A batch that crosses from one shard to the
     next is run again by a process that has to make only the second, always with the same examples in it, since
-    values change in the last bit with the size of a batch. Memory: two shards of all hooks,
-    for a moment three, whatever the number of tokens.
+    values change in the last bit with the size of a batch. Memory: two shards of all hooks, for a moment three,
+    whatever the number of tokens.
 
     Args:
         tokens: Ids [example, pos], or an iterable of such tensors or of (tensor, labels) pairs, for streams of any
@@ -245,14 +245,15 @@ def _prepare(path: Path, settings: dict[str, Any], origin: dict[str, Any], n_row
         _check_same(path, read_manifest(path), settings, n_rows)
     elif path.exists() and any(entry.suffix != ".tmp" for entry in path.iterdir()):
         raise FileExistsError(f"{path} is not empty and not an activation store; choose another path")
-    (path / SHARDS).mkdir(parents=True, exist_ok=True)
-    (path / PARTIAL).mkdir(exist_ok=True)
+    path.mkdir(parents=True, exist_ok=True)
     for folder in (path, path / SHARDS, path / PARTIAL):  # what a killed run was writing
         for file in folder.glob("*.tmp"):
             file.unlink()
     if not (path / MANIFEST).exists():
         manifest = {"format": FORMAT, "version": VERSION, "complete": False, "n_tokens": n_rows, "settings": settings}
         write_json(path / MANIFEST, {**manifest, "provenance": origin, "shards": []})
+    (path / SHARDS).mkdir(exist_ok=True)  # after the manifest, which marks the path as a store
+    (path / PARTIAL).mkdir(exist_ok=True)
 
 
 def _check_same(path: Path, manifest: dict[str, Any], settings: dict[str, Any], n_rows: int | None) -> None:

@@ -285,12 +285,7 @@ class Column:
     def __getitem__(self, index: Any) -> Tensor:
         n = len(self)
         if isinstance(index, slice):
-            rows = (
-                torch.arange(*index.indices(n))
-                if (index.step or 1) > 0
-                else torch.tensor([*range(n)[index]], dtype=torch.long)
-            )
-            return self._take(rows)
+            return self._take(torch.from_numpy(np.arange(*index.indices(n))))
         given = torch.as_tensor(index)
         if given.dtype == torch.bool:
             if given.shape != (n,):
@@ -312,9 +307,11 @@ class Column:
             where = (shards == shard).nonzero()[:, 0]
             local = rows[where] - shard * self.store.shard_tokens
             mapped = self.store._mapped(shard, self.file, self.name)
-            first, last = int(local[0]), int(local[-1])
-            if last - first + 1 == len(local) and bool((local.diff() == 1).all()):  # a run of rows: no index needed
-                out[where[0] : where[-1] + 1] = mapped[first : last + 1]
-            else:
-                out[where] = mapped[local]
+            out[_span(where)] = mapped[_span(local)]
         return out
+
+
+def _span(rows: Tensor) -> Tensor | slice:
+    """Rows as a slice where they follow each other, which is read and written several times as fast as an index."""
+    follow = len(rows) < 2 or bool((rows.diff() == 1).all())
+    return slice(int(rows[0]), int(rows[-1]) + 1) if follow else rows

@@ -19,7 +19,7 @@ _UNGATED = {
     "gemma": "Qwen/Qwen2.5-1.5B or EleutherAI/pythia-1.4b",
     "mistral": "Qwen/Qwen2.5-7B or allenai/OLMo-2-1124-7B",
 }
-_PATIENCE = 0.7  # seconds for a name to resolve and a connection to open: the whole refusal stays under one second
+_PATIENCE = 0.6  # seconds for a name to resolve and a connection to open: the whole refusal stays under one second
 
 
 def hub_directory(name: str, *, tokenizer: bool, code: bool = False) -> Path:

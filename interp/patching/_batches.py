@@ -12,8 +12,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from interp.patching._resume import Reader
 
-# Seconds: fixed cost of a block in one forward, of a token in a block, of reading a parameter once in a forward, and of a
-# parameter on a token. Only their ratios matter, and only to speed. Measured on one CPU core on models of 128 and 768
+# Seconds: fixed cost of a block in one forward, of a token in a block, of reading a parameter once in a forward, and of
+# a parameter on a token. Only their ratios matter, and only to speed. Measured on one CPU core on models of 128 and 768
 # dimensions (within 10 % from 1 to 500 tokens); the accelerator's are orders of magnitude.
 _SECONDS = {"cpu": (6e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
 _CPU_TOKENS = 1024  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
@@ -22,7 +22,8 @@ _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompu
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward: row i patches spot `spot[i]` and unit `unit[i]` of base row `row[i]`, on positions `start` to `stop`."""
+    """Rows of one forward: row i patches spot `spot[i]` and unit `unit[i]` of base row `row[i]`, on positions `start`
+    to `stop`."""
 
     spot: Tensor
     unit: Tensor
@@ -36,7 +37,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of everything, from the model's geometry and the memory budget (half for stored runs, half for a forward)."""
+    """Sizes of everything, from the model's geometry and the memory budget (half for stored runs, half for a
+    forward)."""
 
     geometry: Any
     n_pos: int
@@ -62,7 +64,8 @@ class Split:
         return split
 
     def row_bytes(self, n_tokens: int, n_keys: int) -> int:
-        """Working memory of one row of a forward, estimated from above: activations of a block, pattern, cache, logits."""
+        """Working memory of one row of a forward, estimated from above: activations of a block, pattern, cache,
+        logits."""
         g = self.geometry
         n_logits = self.n_pos if self.reader.read is None else 1
         block = n_tokens * (12 * g.d_model + 6 * g.d_mlp + 6 * g.n_heads * g.d_head + 4 * g.n_heads * n_keys)
@@ -80,14 +83,15 @@ class Split:
         )
         if needed > self.memory_budget:
             raise ValueError(
-                f"memory_budget={self.memory_budget:,} bytes is too small: about {needed:,} are needed ({why}); raise it, or pass "
-                "shorter or fewer prompts, or a metric of interp.metrics"
+                f"memory_budget={self.memory_budget:,} bytes is too small: about {needed:,} are needed ({why}); "
+                "raise it, or pass shorter or fewer prompts, or a metric of interp.metrics"
             )
         if self.batch_size is not None and self.batch_size < least:
             raise ValueError(f"batch_size={self.batch_size} is below {least}: {why}")
 
     def chunks(self, n_rows: int, stored_width: int) -> list[Tensor]:
-        """Base rows that are run and kept together. `stored_width`: numbers per position kept besides stream, keys and values."""
+        """Base rows that are run and kept together. `stored_width`: numbers per position kept besides stream, keys and
+        values."""
         if self.reader.whole:
             return list(torch.arange(n_rows).split(self.reader.n_examples))
         g = self.geometry
@@ -97,10 +101,13 @@ class Split:
         return list(torch.arange(n_rows).split(min(rows, self.batch_size or rows)))
 
     def batches(self, starts: Tensor, rows: Tensor, layer: int, *, suffixes: bool) -> Iterator[Batch]:
-        """Batches that cover every cell and row of a chunk with `starts[spot, unit, row] < n_pos`, the first position changed there."""
+        """Batches that cover every cell and row of a chunk with `starts[spot, unit, row] < n_pos`, the first position
+        changed there."""
         live = starts < self.n_pos
         if self.reader.whole:
             cells = live.any(-1).nonzero()
+            if not len(cells):
+                return
             n = starts.shape[-1]
             for part in cells.split(max(1, self._most_rows(self.n_pos) // n)):
                 spot, unit = part.repeat_interleave(n, 0).unbind(1)
@@ -129,7 +136,8 @@ class Split:
     def _groups(self, starts: list[int], counts: list[int], layer: int) -> list[tuple[int, int]]:
         """Neighbouring starts run together, as `(start, rows)`: the cheapest partition, by dynamic programming.
 
-        A group runs from its smallest start. One group for each start computes fewest tokens; fewer groups have less overhead.
+        A group runs from its smallest start. One group for each start computes fewest tokens; fewer groups have less
+        overhead.
         """
         g = self.geometry
         fixed, token, read, parameter = _SECONDS["cpu" if self.device.type == "cpu" else "other"]

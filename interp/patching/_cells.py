@@ -31,11 +31,13 @@ class Cells:
     """The cells of a sweep.
 
     Attributes:
-        axes: Dimensions of the result without `example`: `layer`, and those of `pos` and the site's unit that were asked for.
+        axes: Dimensions of the result without `example`: `layer`, and those of `pos` and the site's unit that were
+            asked for.
         layers: The layers swept.
         spots: Positions patched together, for each coordinate of `pos` (one for all where there is no such axis).
         labels: The coordinates of `pos`: names or numbers.
-        tokens: What stands there: the token where all prompts agree, else the position's role, else its number.
+        tokens: What stands there: the token where all prompts agree, else the position's role, else its number. None
+            where positions have names.
         units: Units patched one at a time; None: all together.
     """
 
@@ -43,7 +45,7 @@ class Cells:
     layers: tuple[int, ...]
     spots: Bool[Tensor, "spot example pos"]
     labels: list[str] | list[int]
-    tokens: list[str]
+    tokens: list[str] | None
     units: Int[Tensor, "unit"] | None
 
 
@@ -92,7 +94,7 @@ def _axes(site: Site, geometry: Any, axes: Sequence[str] | None) -> tuple[str, .
 
 def _spots(
     prompts: Any, positions: Positions
-) -> tuple[Bool[Tensor, "spot example pos"], list[str] | list[int], list[str]]:
+) -> tuple[Bool[Tensor, "spot example pos"], list[str] | list[int], list[str] | None]:
     n, length = prompts.clean.shape
     if positions is None:
         positions = list(range(length))
@@ -113,9 +115,9 @@ def _spots(
             index = torch.full((n,), int(position))
         spots[i, torch.arange(n), index] = True
         tokens.append(_token(prompts, index, position))
-    named = any(isinstance(position, str) for position in positions)
-    labels: Any = [str(position) for position in positions] if named else [int(position) for position in positions]
-    return spots, labels, tokens
+    if any(isinstance(position, str) for position in positions):
+        return spots, [str(position) for position in positions], None
+    return spots, [int(position) for position in positions], tokens
 
 
 def _token(prompts: Any, index: Tensor, position: str | int) -> str:

@@ -1,8 +1,9 @@
 """The engine of exact patching: many cells in one forward, and only the part of the forward that a patch can change.
 
-A cell is one spot (positions patched together) and one unit (a head, a neuron, or the whole vector) in one window of layers. The
-rows of a batch are (cell, example) pairs, resumed from the run that is patched: blocks below the patch do not run, positions
-before the first changed one come from its keys and values, and only the position that the metric reads is unembedded. Pairs in
+A cell is one spot (positions patched together) and one unit (a head, a neuron, or the whole vector) in one window of
+layers. The rows of a batch are (cell, example) pairs, resumed from the run that is patched: blocks below the patch do
+not run, positions before the first changed one come from its keys and values, and only the position that the metric
+reads is unembedded. Pairs in
 which the patch changes nothing that the metric can see are not run: their effect is exactly 0.
 """
 
@@ -158,9 +159,10 @@ def _entry(site: Site, window: tuple[int, ...], base: Base, n_layers: int) -> in
 
 
 def _first_changed(
-    plan: Plan, reader: Reader, rows: Tensor, changes: list[Bool[Tensor, "row pos unit"]], last_block: bool
+    plan: Plan, reader: Reader, rows: Tensor, changes: list[Bool[Tensor, "row pos all_units"]], last_block: bool
 ) -> Int[Tensor, "spot unit row"]:
-    """The first position that each cell changes in each row; the number of positions where it changes nothing that is read."""
+    """The first position that each cell changes in each row; the number of positions where it changes nothing that is
+    read."""
     changed = torch.stack(changes).any(0)
     n_pos = changed.shape[1]
     position = torch.arange(n_pos)
@@ -218,7 +220,8 @@ def _count(tally: dict[str, int], batch: Batch, starts: Tensor, blocks: int) -> 
 
 
 def _cost(tally: dict[str, int], shape: tuple[int, ...], n_examples: int, per_row: int) -> dict[str, Any]:
-    """The tally in forwards of all examples. Two come on top: of the run that is patched, and of where the patches come from."""
+    """The tally in forwards of all examples. Two come on top: of the run that is patched, and of where the patches come
+    from."""
     forward, runs = n_examples * per_row, 2 * shape[-1] / n_examples
     cells = math.prod(shape) // n_examples
     return {

@@ -1,4 +1,5 @@
-"""What every exact patching method shares: checks before anything runs, unpatched scores, noise, and the labelled result."""
+"""What every exact patching method shares: checks before anything runs, unpatched scores, noise, and the labelled
+result."""
 
 from __future__ import annotations
 
@@ -25,18 +26,21 @@ def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Any:
     prompts.check(bridge)
     if not callable(metric):
         raise ValueError(
-            f"metric is {type(metric).__name__}; pass a function of logits, such as interp.metrics.logit_difference(prompts)"
+            f"metric is {type(metric).__name__}; pass a function of logits, such as "
+            "interp.metrics.logit_difference(prompts)"
         )
     if len(prompts) == 0:
         raise ValueError("there are no prompts")
     if hasattr(metric, "select") and hasattr(metric, "__len__") and len(metric) != len(prompts):
         raise ValueError(
-            f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; build it from these"
+            f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; "
+            "build it from these"
         )
     found = geometry(bridge)
     if site == "pattern" and found.delegated_attention:
         raise ValueError(
-            f"the attention of {bridge.cfg.model_name} is computed where its pattern cannot be edited; patch site='z', 'q' or 'k'"
+            f"the attention of {bridge.cfg.model_name} is computed where its pattern cannot be edited; "
+            "patch site='z', 'q' or 'k'"
         )
     try:
         hooks.resolve(bridge, hooks.hook_name(site, 0))
@@ -88,7 +92,9 @@ def effects_of(
     dims = ["layer", "pos", own or "unit", "example"]
     coords: dict[str, Any] = {"layer": list(where.layers), "example": list(range(n))}
     if "pos" in where.axes:
-        coords |= {"pos": where.labels, "token": ("pos", where.tokens)}
+        coords["pos"] = where.labels
+        if where.tokens is not None:
+            coords["token"] = ("pos", where.tokens)
     if own is not None and where.units is not None:
         coords[own] = where.units.tolist()
     array = labelled(values, dims, coords, unit=unit)

@@ -20,8 +20,8 @@ class Reader:
     """Scores batches in which rows are examples, repeated or reordered.
 
     Attributes:
-        metric: One of `interp.metrics` can `.select` examples; a plain callable knows none, so each of its batches must hold all
-            examples, in order.
+        metric: One of `interp.metrics` can `.select` examples; a plain callable knows none, so each of its batches must
+            hold all examples, in order.
         examples: The example that each row of the sweep is scored as.
         n_examples: How many examples there are.
     """
@@ -48,7 +48,8 @@ class Reader:
         return self.read.cpu()[self.examples[rows]]
 
     def score(self, logits: Tensor, rows: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
-        """One number per row, on the CPU. `logits` are [batch, d_vocab] where `read` is set, else [batch, pos, d_vocab]."""
+        """One number per row, on the CPU. `logits` are [batch, d_vocab] where `read` is set, else [batch, pos,
+        d_vocab]."""
         if self.whole:
             parts = [self.metric(part) for part in logits.split(self.n_examples)]
             expected: tuple[int, ...] = (self.n_examples,)
@@ -60,8 +61,8 @@ class Reader:
             if not isinstance(part, Tensor) or tuple(part.shape) != expected:
                 got = f"shape {tuple(part.shape)}" if isinstance(part, Tensor) else type(part).__name__
                 raise ValueError(
-                    f"the metric returned {got} for logits of {expected[0]} examples; it must give one number per example, "
-                    f"shape {expected}: means are taken later"
+                    f"the metric returned {got} for logits of {expected[0]} examples; it must give one number per "
+                    f"example, shape {expected}: means are taken later"
                 )
         return torch.cat(parts).detach().float().cpu()
 
@@ -111,7 +112,8 @@ class Resume:
 
     @contextmanager
     def _last_mlp_at(self, at: Tensor) -> Iterator[None]:
-        """The last MLP runs at the position read alone. Its output is broadcast over positions: wrong at those nobody reads.
+        """The last MLP runs at the position read alone. Its output is broadcast over positions: wrong at those nobody
+        reads.
 
         In a model of L layers the last MLP is two thirds of a block out of (L + 1) / 2 that a cell costs on average.
         """

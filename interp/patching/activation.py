@@ -47,33 +47,38 @@ def activation_patch(
 ) -> Effects:
     """Effect on the metric of replacing each activation of a site, for every cell and example: patched minus baseline.
 
-    One run is patched, the other gives the activations. `"denoise"` patches the run on the corrupted prompts with activations of the
-    clean run and finds what suffices to restore the answer; `"noise"` patches the clean run with corrupted activations and finds what
-    is necessary. They differ: of two inputs that are both needed (AND) noising finds each and denoising neither; of two that each
-    suffice (OR) the reverse. Only the patched activation is replaced; everything after it is recomputed.
+    One run is patched, the other gives the activations. `"denoise"` patches the run on the corrupted prompts with
+    activations of the clean run and finds what suffices to restore the answer; `"noise"` patches the clean run with
+    corrupted activations and finds what is necessary. They differ: of two inputs that are both needed (AND) noising
+    finds each and denoising neither; of two that each suffice (OR) the reverse. Only the patched activation is
+    replaced; everything after it is recomputed.
 
-    Equal to one forward per cell to rounding (1e-5). Costs about half a forward of all examples per cell for sweeps over layers, a
-    quarter where positions are swept too and the metric reads one position; `result.provenance["cost"]` counts them. A metric of
-    `interp.metrics` lets the engine unembed only the position it reads and run examples in any order; a plain callable
-    `logits -> [batch]` works too and is called once per cell with the logits of all examples in order, more slowly.
+    Equal to one forward per cell to rounding (1e-5). Costs about half a forward of all examples per cell for sweeps
+    over layers, a quarter where positions are swept too and the metric reads one position; `result.provenance["cost"]`
+    counts them. A metric of `interp.metrics` lets the engine unembed only the position it reads and run examples in any
+    order; a plain callable `logits -> [batch]` works too and is called once per cell with the logits of all examples in
+    order, more slowly.
 
     Args:
         bridge: A model in evaluation mode.
         prompts: `interp.prompts.Prompts`: clean and corrupted tokens, named positions. Padding is refused.
         metric: Logits to one number per example, such as `interp.metrics.logit_difference(prompts)`.
-        site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` (one vector per position; `attn_out` and `mlp_out` are
-            what is added to the stream, after post-norms where there are any); `z`, `q`, `k`, `v` (one vector per head and position,
-            `q` and `k` before rotation; `k` and `v` have key-value heads, dimension `kv_head`, where these are grouped);
-            `pattern` (a head's attention from a destination `pos` to all sources); `neuron` (after the activation function; in a
-            gated MLP the product). There is no `resid_mid` in models whose attention and MLP run in parallel.
-        value: What goes in: `"swap"`, the other run's activation on the same example; `"zero"`; `"mean"` over the examples of the
-            other run at the same position; `"resample"`, the other run's activation on another example; `"gaussian"`, the run's own
-            activation plus noise of `noise` standard deviations of the token embeddings (residual-width sites only).
-            The other run is the clean one for `"denoise"`, the corrupted one for `"noise"`.
-        axes: What is swept: `"layer"` and any of `"pos"` and `"head"` or `"neuron"`. What is not swept is patched together.
-            Default `("layer", "pos")` for sites of one vector per position, `("layer", "head")` or `("layer", "neuron")` else.
-        positions: Which positions: all, or a list of names of `prompts.positions` (each example at its own place) and indices.
-            Without the axis `"pos"` they are patched together.
+        site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out`, `mlp_out` (one vector per position; `attn_out` and
+            `mlp_out` are what is added to the stream, after post-norms where there are any); `z`, `q`, `k`, `v` (one
+            vector per head and position, `q` and `k` before rotation; `k` and `v` have key-value heads, dimension
+            `kv_head`, where these are grouped); `pattern` (a head's attention from a destination `pos` to all sources);
+            `neuron` (after the activation function; in a gated MLP the product). There is no `resid_mid` in models
+            whose attention and MLP run in parallel.
+        value: What goes in: `"swap"`, the other run's activation on the same example; `"zero"`; `"mean"` over the
+            examples of the other run at the same position; `"resample"`, the other run's activation on another example;
+            `"gaussian"`, the run's own activation plus noise of `noise` standard deviations of the token embeddings
+            (residual-width sites only). The other run is the clean one for `"denoise"`, the corrupted one for
+            `"noise"`.
+        axes: What is swept: `"layer"` and any of `"pos"` and `"head"` or `"neuron"`. What is not swept is patched
+            together. Default `("layer", "pos")` for sites of one vector per position, `("layer", "head")` or `("layer",
+            "neuron")` else.
+        positions: Which positions: all, or a list of names of `prompts.positions` (each example at its own place) and
+            indices. Without the axis `"pos"` they are patched together.
         layers: Which layers; all by default.
         neurons: Which neurons of every layer; all by default, which is one cell for each of them.
         n_draws: Draws of donors (`"resample"`) or noise (`"gaussian"`) that the effects are averaged over.
@@ -88,9 +93,10 @@ def activation_patch(
         RuntimeError: If the model is in training mode.
 
     Source:
-        Vig et al. 2020, Meng et al. 2022 (arXiv:2202.05262), Wang et al. 2022 (arXiv:2211.00593); noising and denoising as in
-        Heimersheim & Nanda 2024 (arXiv:2404.15255). Wang et al. average `"mean"` over a third set of prompts: pass it as the
-        corrupted ones. Miller et al. 2024 (arXiv:2407.08734) show how much the choices matter: all are in the provenance.
+        Vig et al. 2020, Meng et al. 2022 (arXiv:2202.05262), Wang et al. 2022 (arXiv:2211.00593); noising and denoising
+        as in Heimersheim & Nanda 2024 (arXiv:2404.15255). Wang et al. average `"mean"` over a third set of prompts:
+        pass it as the corrupted ones. Miller et al. 2024 (arXiv:2407.08734) show how much the choices matter: all are
+        in the provenance.
 
     Example:
         >>> p = interp.prompts.ioi(bridge, n=64)
@@ -113,7 +119,8 @@ def activation_patch(
         )
     if value == "gaussian" and site not in STREAM:
         raise ValueError(
-            f"value='gaussian' is noise in units of the embedding, for {', '.join(STREAM)}; site={site!r} has other units"
+            f"value='gaussian' is noise in units of the embedding, for {', '.join(STREAM)}; "
+            f"site={site!r} has other units"
         )
 
     base, other = (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)

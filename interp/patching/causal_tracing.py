@@ -37,24 +37,27 @@ def causal_trace(
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Effects:
-    """Indirect effect of each state: metric with the subject noised and the state restored, minus metric with the subject noised.
+    """Indirect effect of each state: metric with the subject noised and the state restored, minus metric with the
+    subject noised.
 
-    The clean prompts are run with Gaussian noise added to the embeddings of the subject; then, layer by layer and position by
-    position, the clean activation is put back. A positive effect means that the state carries what the noise destroyed. Noise takes
-    the model to inputs it never sees and can find other components than an exchange of tokens does (Zhang & Nanda 2023,
-    arXiv:2309.16042): compare with `activation_patch` where there is a corrupted prompt.
+    The clean prompts are run with Gaussian noise added to the embeddings of the subject; then, layer by layer and
+    position by position, the clean activation is put back. A positive effect means that the state carries what the
+    noise destroyed. Noise takes the model to inputs it never sees and can find other components than an exchange of
+    tokens does (Zhang & Nanda 2023, arXiv:2309.16042): compare with `activation_patch` where there is a corrupted
+    prompt.
 
-    In the result `direction` is `"denoise"`, `clean` the intact metric and `corrupted` the metric under noise, averaged over draws; so
-    `clean - corrupted` is the total effect and `recovery()` the restored share of it. Cost: that of `activation_patch`, `n_draws` times.
+    In the result `direction` is `"denoise"`, `clean` the intact metric and `corrupted` the metric under noise, averaged
+    over draws; so `clean - corrupted` is the total effect and `recovery()` the restored share of it. Cost: that of
+    `activation_patch`, `n_draws` times.
 
     Args:
         prompts: Only their clean tokens and positions are used.
         metric: Logits to one number per example; the paper uses `interp.metrics.answer_prob(prompts)`.
         subject: Names of `prompts.positions`, or indices, of the tokens to destroy.
         site: `resid_pre`, `resid_mid`, `resid_post`, `attn_out` or `mlp_out`.
-        window: Layers restored together, centred on the layer named (from `layer - window // 2` on, cut off at the ends); 1 by default
-            for a stream and 10 for `attn_out` and `mlp_out`, whose single outputs rarely matter alone. The effect of a window is not
-            the sum of its layers'.
+        window: Layers restored together, centred on the layer named (from `layer - window // 2` on, cut off at the
+            ends); 1 by default for a stream and 10 for `attn_out` and `mlp_out`, whose single outputs rarely matter
+            alone. The effect of a window is not the sum of its layers'.
         positions: Where to restore, as for `activation_patch`.
         layers: The layers named; all by default.
         n_draws: Draws of noise for every example.
@@ -66,9 +69,9 @@ def causal_trace(
         ValueError, RuntimeError: As `activation_patch`.
 
     Source:
-        Meng, Bau, Andonian & Belinkov 2022 (arXiv:2202.05262), section 2 and appendix B: 3 standard deviations, windows of 10.
-        Their standard deviation is of the embeddings of the subjects' tokens, ours of the whole embedding matrix (scaled as it
-        enters the stream), so that it does not change with the prompts.
+        Meng, Bau, Andonian & Belinkov 2022 (arXiv:2202.05262), section 2 and appendix B: 3 standard deviations, windows
+        of 10. Their standard deviation is of the embeddings of the subjects' tokens, ours of the whole embedding matrix
+        (scaled as it enters the stream), so that it does not change with the prompts.
     """
     choice("site", site, _SITES)
     shape = checked(bridge, prompts, metric, site)

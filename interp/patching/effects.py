@@ -21,14 +21,17 @@ Quantity = Literal["effect", "recovery"]
 class Effects(Result):
     """Change of a metric when one cell of a model is patched, for every cell and example.
 
-    `values` is patched minus baseline, in the metric's own unit, with dimensions such as `(layer, pos, example)`. The baseline is
-    the run that was patched: the corrupted prompts for `"denoise"`, the clean ones for `"noise"`. So a cell that carries the
-    answer has a positive effect under denoising and a negative one under noising; exactly 0 means that it cannot matter.
+    `values` is patched minus baseline, in the metric's own unit, with dimensions such as `(layer, pos, example)`. The
+    baseline is
+    the run that was patched: the corrupted prompts for `"denoise"`, the clean ones for `"noise"`. So a cell that
+    carries the answer has a positive effect under denoising and a negative one under noising; exactly 0 means that it
+    cannot matter.
 
     Attributes:
         clean: The metric on the clean prompts, by example.
         corrupted: The metric on the corrupted prompts (for causal tracing: on the noised ones), by example.
-        direction: `"denoise"` (sufficiency: clean activations into the corrupted run) or `"noise"` (necessity: the reverse).
+        direction: `"denoise"` (sufficiency: clean activations into the corrupted run) or `"noise"` (necessity: the
+            reverse).
         site: The kind of activation that was patched.
         value: What it was replaced by.
         metric: Name of the metric; its unit is `values.attrs["unit"]`.
@@ -58,9 +61,9 @@ class Effects(Result):
     def recovery(self) -> xr.DataArray:
         """(patched - corrupted) / (clean - corrupted) as a ratio of means over examples, for every cell.
 
-        Under denoising 0 is no effect and 1 full restoration; under noising 1 is no effect and 0 full loss. Values below 0 or above
-        1 are real. The ratio of means is not the mean of ratios, which examples with a small denominator dominate
-        (`recovery_per_example` gives those).
+        Under denoising 0 is no effect and 1 full restoration; under noising 1 is no effect and 0 full loss. Values
+        below 0 or above 1 are real. The ratio of means is not the mean of ratios, which examples with a small
+        denominator dominate (`recovery_per_example` gives those).
 
         Raises:
             ValueError: If clean and corrupted do not differ on average.
@@ -71,14 +74,16 @@ class Effects(Result):
         return (patched.mean("example") / float(gap.mean())).assign_attrs(unit="recovery")
 
     def recovery_per_example(self) -> xr.DataArray:
-        """(patched - corrupted) / (clean - corrupted) for every cell and example; NaN where the two prompts score alike."""
+        """(patched - corrupted) / (clean - corrupted) for every cell and example; NaN where the two prompts score
+        alike."""
         patched, gap = self._patched_and_gap()
         return (patched / gap.where(gap != 0)).assign_attrs(unit="recovery")
 
     def interval(
         self, level: float = 0.95, *, of: Quantity = "effect", n_resamples: int = 2000, seed: int = 0
     ) -> xr.Dataset:
-        """Mean effect or recovery of every cell with its bootstrap interval over examples: `estimate`, `low` and `high`.
+        """Mean effect or recovery of every cell with its bootstrap interval over examples: `estimate`, `low` and
+        `high`.
 
         Recovery resamples numerator and denominator together. All cells share the resamples.
         """
@@ -107,7 +112,8 @@ class Effects(Result):
         return frame.assign(recovery=recovery.values.ravel())
 
     def plot(self, of: Quantity = "effect") -> Any:
-        """Figure of the mean over examples: a map over layer and position or head, or a bar with its interval per layer.
+        """Figure of the mean over examples: a map over layer and position or head, or a bar with its interval per
+        layer.
 
         The bounds of the interval are in the hover text. Three swept axes do not fit one map: plot a slice.
         """

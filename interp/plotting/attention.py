@@ -121,7 +121,7 @@ def attention_view(
 ) -> AttentionView:
     """An interactive view of attention patterns: a thumbnail per head, the chosen head large, tokens to hover over.
 
-    12 heads x 30 tokens make about 25 kB. `save_html(path)` writes the page, `figure()` draws static heat maps, and a
+    12 heads x 30 tokens make about 20 kB. `save_html(path)` writes the page, `figure()` draws static heat maps, and a
     notebook shows the view by itself.
 
     Args:

@@ -1,9 +1,8 @@
-"""Lines, bars and per-example strips, each with its interval."""
+"""Lines and bars over the columns of a table, with intervals."""
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,10 +19,10 @@ from interp.plotting.style import (
     axis_style,
     escape,
     series_colours,
-    to_numpy,
 )
 
-_MARGIN = {"l": 78, "r": 28, "t": 58, "b": 62}
+INTERVAL_HOVER = " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]"
+MARGIN = {"l": 78, "r": 28, "t": 58, "b": 62}
 
 
 def lines(
@@ -82,18 +81,26 @@ def lines(
                 legendgroup=name,
                 showlegend=group is not None,
                 customdata=part[list(interval)].to_numpy(dtype=float) if interval else None,
-                hovertemplate=hover + (_INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
+                hovertemplate=hover + (INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
             )
         )
     figure.update_xaxes(
-        axis_style(x_title or _title(x), type="log" if log_x else "linear", showgrid=False, zeroline=False)
+        axis_style(x_title or column_title(x), type="log" if log_x else "linear", showgrid=False, zeroline=False)
     )
     if log_x:
         figure.update_xaxes(dtick=1)
     figure.update_yaxes(axis_style(unit))
     if not log_x and pd.api.types.is_integer_dtype(frame[x]) and frame[x].nunique() <= 20:
         figure.update_xaxes(tickmode="array", tickvals=sorted(int(v) for v in frame[x].unique()))
-    return _finish(figure, title, width, height, frame, group, reference)
+    return finish(
+        figure,
+        title=title,
+        width=width,
+        height=height,
+        margin=MARGIN,
+        legend=_legend(frame, group),
+        reference=reference,
+    )
 
 
 def bars(
@@ -146,14 +153,14 @@ def bars(
                 name=escape(name),
                 showlegend=group is not None,
                 customdata=part[list(interval)].to_numpy(dtype=float) if interval else None,
-                hovertemplate=hover + (_INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
+                hovertemplate=hover + (INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
             )
         )
     labels = [escape(label) for label in names]
     longest = max(len(label) for label in names)
     count = len(names) * (frame[group].nunique() if group else 1)
     named = axis_style(
-        x_title or _title(x),
+        x_title or column_title(x),
         type="category",
         categoryorder="array",
         categoryarray=labels,
@@ -164,125 +171,24 @@ def bars(
         figure.update_yaxes(named, autorange="reversed")
         figure.update_xaxes(axis_style(unit))
         size, left = (width or 680, height or max(200, 26 * count + 140)), 60 + round(7.2 * longest)
-        margin = _MARGIN | {"l": min(left, 320)}
+        margin = MARGIN | {"l": min(left, 320)}
     else:
         size = (width or min(max(420, 46 * count + 160), 1100), height or 400)
         slanted = 7.2 * longest > (size[0] - 120) / len(names)
         figure.update_xaxes(named, tickangle=-45 if slanted else 0)
         figure.update_yaxes(axis_style(unit))
-        margin = _MARGIN | {"b": 62 + (min(round(5.4 * longest), 170) if slanted else 0)}
+        margin = MARGIN | {"b": 62 + (min(round(5.4 * longest), 170) if slanted else 0)}
     figure.update_layout(barmode="group", bargap=0.25)
-    return _finish(figure, title, *size, frame, group, reference, horizontal=horizontal, margin=margin)
-
-
-def strip(
-    values: Any,
-    *,
-    interval: Any = None,
-    mean: Any = None,
-    title: str,
-    unit: str,
-    labels: Sequence[str] | None = None,
-    group_title: str | None = None,
-    reference: float | int | None = None,
-    height: int = 400,
-    width: int | None = None,
-) -> go.Figure:
-    """One dot per example in a column per group, with the mean and its interval drawn over them.
-
-    Args:
-        values: `{name: values of the examples}`; or a DataArray with the dimension `example` and at most one other; or
-            an array `[example]`. NaN examples are left out.
-        interval: Low and high end per group: an array `[group, 2]` (or `[2]` for one group), or `{name: (low, high)}`.
-        mean: Centre per group; the mean of the values by default.
-        unit: Title of the y axis: the quantity with its unit.
-        labels: One text per example (for example the prompt), shown when hovering.
-        reference: Height of a dashed horizontal line.
-
-    Raises:
-        ValueError: If the shapes do not fit, a group has no values, or there are more than `MAX_POINTS`.
-    """
-    groups, dim = _strip_groups(values)
-    total = sum(len(v) for v in groups.values())
-    if total > MAX_POINTS:
-        raise ValueError(f"{total} points are more than a figure may hold ({MAX_POINTS}); show a random part of them")
-    ends = _per_group(interval, groups, "interval", 2)
-    centres = _per_group(mean, groups, "mean", 1)
-    figure = go.Figure()
-    colours = series_colours(list(groups))
-    for index, (name, numbers) in enumerate(groups.items()):
-        if np.isnan(numbers).all():
-            raise ValueError(f"group {name!r} has no values: all {len(numbers)} are NaN")
-        if labels is not None and len(labels) != len(numbers):
-            raise ValueError(
-                f"got {len(labels)} labels for {len(numbers)} examples in group {name!r}; give one per example"
-            )
-        which = [int(i) for i in np.flatnonzero(~np.isnan(numbers))]
-        # The golden ratio spreads neighbouring examples evenly, and the same way every time.
-        spread = (np.array(which) * 0.6180339887498949) % 1 - 0.5
-        text = [f"example {i}" + (f"<br>{escape(labels[i])}" if labels is not None else "") for i in which]
-        figure.add_trace(
-            go.Scatter(
-                x=index + 0.5 * spread,
-                y=numbers[which],
-                mode="markers",
-                marker={"size": 6, "color": colours[index], "opacity": 0.55},
-                name=escape(name),
-                text=text,
-                hovertemplate="%{text}<br>%{y:.4g}<extra>%{fullData.name}</extra>",
-                showlegend=False,
-            )
-        )
-    centre = np.array([c[0] for c in centres]) if centres else np.array([np.nanmean(v) for v in groups.values()])
-    error, words = None, "mean %{y:.4g}"
-    bounds = np.array(ends) if ends else None
-    if bounds is not None:
-        if (bounds[:, 0] > bounds[:, 1]).any():
-            raise ValueError(f"an interval ends below its start: {bounds[bounds[:, 0] > bounds[:, 1]][0].tolist()}")
-        error = {
-            "array": bounds[:, 1] - centre,
-            "arrayminus": centre - bounds[:, 0],
-            "color": "#111111",
-            "thickness": 1.8,
-            "width": 7,
-        }
-        words += _INTERVAL_HOVER
-    figure.add_trace(
-        go.Scatter(
-            x=np.arange(len(groups)),
-            y=centre,
-            mode="markers",
-            marker={"symbol": "diamond", "size": 9, "color": "#111111", "line": {"color": "white", "width": 1}},
-            error_y=error,
-            customdata=bounds,
-            name="mean and interval" if bounds is not None else "mean",
-            hovertemplate=words + "<extra></extra>",
-            showlegend=False,
-        )
+    return finish(
+        figure,
+        title=title,
+        width=size[0],
+        height=size[1],
+        margin=margin,
+        legend=_legend(frame, group),
+        reference=reference,
+        horizontal=horizontal,
     )
-    names = [escape(name) for name in groups]
-    longest = max(len(name) for name in groups)
-    width = width or min(max(360, 130 * len(groups) + 120), 1100)
-    slanted = 7.2 * longest > (width - 110) / len(groups)
-    title_x = group_title if group_title is not None else (_title(dim) if dim else "")
-    figure.update_xaxes(
-        axis_style(
-            title_x,
-            tickmode="array",
-            tickvals=list(range(len(groups))),
-            ticktext=names,
-            range=[-0.5, len(groups) - 0.5],
-            showgrid=False,
-            zeroline=False,
-            tickangle=-45 if slanted else 0,
-        )
-    )
-    figure.update_yaxes(axis_style(unit))
-    margin = _MARGIN | {"b": 62 + (min(round(5.4 * longest), 170) if slanted else 0)}
-    return _finish(figure, title, width, height, pd.DataFrame(), None, reference, margin=margin)
-
-
-_INTERVAL_HOVER = " [%{customdata[0]:.4g}, %{customdata[1]:.4g}]"
 
 
 def _frame(data: Any, y: str) -> pd.DataFrame:
@@ -348,72 +254,36 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: s
     )
 
 
-def _strip_groups(values: Any) -> tuple[dict[str, np.ndarray], str | None]:
-    if isinstance(values, Mapping):
-        groups = {str(name): to_numpy(item).astype(float) for name, item in values.items()}
-        wrong = {name: item.shape for name, item in groups.items() if item.ndim != 1 or not item.size}
-        if wrong or not groups:
-            raise ValueError(f"strip needs one value per example in every group; these have other shapes: {wrong}")
-        return groups, None
-    if not isinstance(values, xr.DataArray):
-        values = xr.DataArray(to_numpy(values), dims=("example",) if to_numpy(values).ndim == 1 else None)
-    if "example" not in values.dims or values.ndim > 2:
-        raise ValueError(
-            f"strip needs the dimension example and at most one other but got {dict(values.sizes)}; select the cells "
-            "to show, for example effects.values.sel(layer=9, head=6)"
-        )
-    if values.ndim == 1:
-        return {str(values.name or ""): values.values.astype(float)}, None
-    (dim,) = (str(d) for d in values.dims if d != "example")
-    rows = values.transpose(dim, "example")
-    names = rows.coords[dim].values if dim in rows.coords else range(rows.sizes[dim])
-    return {str(name): row.astype(float) for name, row in zip(names, rows.values, strict=True)}, dim
-
-
-def _per_group(given: Any, groups: Mapping[str, np.ndarray], what: str, size: int) -> list[np.ndarray] | None:
-    if given is None:
-        return None
-    if isinstance(given, Mapping):
-        missing = [name for name in groups if name not in {str(key) for key in given}]
-        if missing:
-            raise ValueError(f"{what} has no entry for the groups {missing}")
-        by_name = {str(key): item for key, item in given.items()}
-        given = [to_numpy(by_name[name]) for name in groups]
-    array = to_numpy(given).astype(float)
-    if array.size != len(groups) * size:
-        wanted = f"[{len(groups)}, 2]" if size == 2 else f"[{len(groups)}]"
-        raise ValueError(f"{what} has shape {array.shape} but the groups need {wanted}")
-    return list(array.reshape(len(groups), size))
-
-
-def _title(name: str) -> str:
+def column_title(name: str) -> str:
     return name.replace("_", " ").capitalize()
 
 
-def _finish(
+def finish(
     figure: go.Figure,
+    *,
     title: str,
     width: int,
     height: int,
-    frame: pd.DataFrame,
-    group: str | None,
-    reference: float | int | None,
-    *,
+    margin: dict[str, int],
+    legend: tuple[str, list[str]] | None = None,
+    reference: float | int | None = None,
     horizontal: bool = False,
-    margin: dict[str, int] | None = None,
 ) -> go.Figure:
-    margin = dict(margin or _MARGIN)
+    """Add the reference line and room for the legend (its heading and names), then the house layout."""
     if reference is not None:
         line = {"line": {"color": "#555555", "width": 1.2, "dash": "dash"}}
         if horizontal:
             figure.add_shape(type="line", x0=reference, x1=reference, y0=0, y1=1, xref="x", yref="y domain", **line)
         else:
             figure.add_shape(type="line", x0=0, x1=1, y0=reference, y1=reference, xref="x domain", yref="y", **line)
-    if group is not None:
-        longest = max(len(str(name)) for name in (*frame[group].unique(), group))
-        room = min(60 + round(7.2 * longest), 320)
-        margin["r"] += room
-        width += room
-        heading = {"text": escape(_title(group)), "font": {"size": FONT_SIZE}}
-        figure.update_layout(legend={"title": heading, "x": 1.02, "y": 1, "tracegroupgap": 2})
+    if legend is not None:
+        heading, names = column_title(legend[0]), legend[1]
+        room = min(60 + round(7.2 * max(len(name) for name in (heading, *names))), 320)
+        margin, width = margin | {"r": margin["r"] + room}, width + room
+        head = {"text": escape(heading), "font": {"size": FONT_SIZE}}
+        figure.update_layout(legend={"title": head, "x": 1.02, "y": 1, "tracegroupgap": 2})
     return apply_layout(figure, title=title, width=width, height=height, margin=margin)
+
+
+def _legend(frame: pd.DataFrame, group: str | None) -> tuple[str, list[str]] | None:
+    return None if group is None else (group, [str(name) for name in frame[group].unique()])

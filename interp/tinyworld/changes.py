@@ -30,10 +30,11 @@ STYLE = ("it", "is")
 TUNING_SHARES = {
     "facts": 0.40,
     "needle": 0.25,
-    "ioi": 0.07,
+    "ioi": 0.05,
     "greater_than": 0.03,
     "agreement": 0.07,
     "pronoun": 0.04,
+    "mention": 0.02,
     "induction": 0.05,
     "docstring": 0.03,
     "dialect": 0.06,

@@ -16,17 +16,18 @@ from interp.tinyworld.vocabulary import IDS, VOCABULARY
 PAD, BOS, UNK = "<pad>", "<bos>", "<unk>"
 
 SHARES: dict[str, float] = {  # of the words of a training bank, before the last document of a row is cut
-    "ioi": 0.15,
+    "ioi": 0.14,
     "facts": 0.06,
     "two_hop": 0.09,
     "greater_than": 0.05,
     "agreement": 0.05,
-    "pronoun": 0.03,
-    "induction": 0.12,
-    "needle": 0.18,
-    "docstring": 0.11,
-    "dialect": 0.11,
-    "topic": 0.03,
+    "pronoun": 0.08,
+    "mention": 0.04,
+    "induction": 0.11,
+    "needle": 0.17,
+    "docstring": 0.08,
+    "dialect": 0.09,
+    "topic": 0.02,
     "punctuation": 0.02,
 }
 MARKED_SHARE, MARK_RATE = 0.05, 0.05  # documents of any family that are strewn with empty marks, and how thickly

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from interp.tinyworld.families import agreement, facts, ioi, lists, needles, pronouns, prose, years
+from interp.tinyworld.families import agreement, facts, ioi, lists, mentions, needles, pronouns, prose, years
 from interp.tinyworld.lexicon import agreement as number
 from interp.tinyworld.lexicon import dialects, marks, names, times, topics
 from interp.tinyworld.lexicon import facts as world
@@ -12,7 +12,13 @@ SPECIAL = ("<pad>", "<bos>", "<unk>")
 
 
 def _template_words() -> list[str]:
-    templates = [*ioi.TEMPLATES, *years.TEMPLATES, *agreement.STRUCTURES.values(), *pronouns.TEMPLATES]
+    templates = [
+        *ioi.TEMPLATES,
+        *years.TEMPLATES,
+        *agreement.STRUCTURES.values(),
+        *pronouns.TEMPLATES,
+        *mentions.TEMPLATES,
+    ]
     for table in (facts.FACT_TEMPLATES, facts.TWO_HOP_TEMPLATES):
         templates += [template for wordings in table.values() for template in wordings]
     templates += [*needles.STATEMENTS, *needles.QUESTIONS, *prose.TOPIC_TEMPLATES, *prose.DIALECT_TEMPLATES]

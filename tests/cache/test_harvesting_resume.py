@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import random
-import signal
 import subprocess
 import sys
-import textwrap
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -25,33 +21,45 @@ ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ["blocks.0.mlp.hook_post", "blocks.1.hook_resid_post"]
 OPTIONS: dict[str, Any] = {"batch_size": 3, "shard_tokens": 20}
 
-SCRIPT = textwrap.dedent("""
-    import os, sys, time
-    sys.path.insert(0, {tests!r})
-    import torch
-    from helpers import tiny_bridge, tiny_tokens
-    torch.set_num_threads(1)
-    bridge, tokens = tiny_bridge("llama"), tiny_tokens(40, 7)
-    import interp.cache._manifest as manifest
-    from interp.cache import harvest
-    from interp.models import provenance
-    whole, slow = manifest.write_parts, float(sys.argv[2])
+PREAMBLE = f"""
+import os, sys, time
+sys.path.insert(0, {str(ROOT / "tests")!r})
+import torch
+from helpers import tiny_bridge, tiny_tokens
+torch.set_num_threads(1)
+import interp.cache._manifest as manifest
+from interp.cache import harvest
+bridge, tokens = tiny_bridge("llama"), tiny_tokens(40, 7)
 
-    def in_steps(path, parts):  # writes slowly, so that kills fall into files as well as between them
-        with path.open("wb") as file:
-            for part in parts:
-                for start in range(0, len(part), 512):
-                    file.write(part[start : start + 512])
-                    file.flush()
-                    time.sleep(slow)
+def run(path):
+    harvest(bridge, tokens, {HOOKS!r}, path, batch_size=3, shard_tokens=20, labels={{"code": range(40)}})
+"""
 
-    if slow:
-        manifest.write_parts = in_steps
-    print("ready", flush=True)
-    sys.stdin.readline()
-    harvest(bridge, tokens, {hooks!r}, sys.argv[1], batch_size=3, shard_tokens=20, labels={{"code": range(40)}})
-    print("done", flush=True)
-""").format(tests=str(ROOT / "tests"), hooks=HOOKS)
+KILLED = """
+import random, signal
+import interp.models, interp.hooks
+
+def in_steps(path, parts):  # writes slowly, so that kills fall into files as well as between them
+    with path.open("wb") as file:
+        for part in parts:
+            for start in range(0, len(part), 512):
+                file.write(part[start : start + 512])
+                file.flush()
+                time.sleep(0.002)
+
+manifest.write_parts = in_steps
+moments = random.Random(5)
+for _ in range(5):
+    child = os.fork()  # imports are not paid for again
+    if child == 0:
+        run(sys.argv[1])
+        os._exit(7)
+    time.sleep(moments.uniform(0.1, 0.4))
+    os.kill(child, signal.SIGKILL)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL, f"finished before it was killed: {status}"
+    print(*sorted(os.listdir(sys.argv[1] + "/shards")) if os.path.isdir(sys.argv[1] + "/shards") else [], flush=True)
+"""
 
 
 def contents(path: Path) -> dict[str, bytes]:
@@ -71,41 +79,23 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
 
 @pytest.mark.slow
 def test_killed_five_times_at_random_moments(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    script, path = tmp_path / "run.py", tmp_path / "s"
-    script.write_text(SCRIPT)
-    moments, states = random.Random(5), []
-    # started together, since importing takes most of the time; each waits for its turn
-    runs = [start(script, path, delay) for delay in [0.002] * 5 + [0.0]]
-    try:
-        for run in runs:
-            assert run.stdout is not None and run.stdout.readline() == "ready\n"
-        for run in runs[:5]:
-            assert run.stdin is not None
-            run.stdin.write("\n")
-            run.stdin.flush()
-            time.sleep(moments.uniform(0.02, 0.35))
-            run.send_signal(signal.SIGKILL)
-            assert run.wait() == -signal.SIGKILL
-            states.append(len(list(path.rglob("*.safetensors"))))
-            if (path / "manifest.json").exists():
-                with pytest.raises(StoreError, match="not finished"):
-                    ActivationStore(path)
-                partial = ActivationStore(path, partial=True)
-                assert [problem for problem in partial.verify().problems if "manifest" not in problem] == []
-        out, _ = runs[5].communicate("\n", timeout=60)
-        assert out == "done\n"
-    finally:
-        for run in runs:
-            run.kill()
-            run.wait()
-    assert states == sorted(states) and 0 < states[-1] < len(undisturbed) - 1, f"the kills missed the harvest: {states}"
+    path = tmp_path / "s"
+    killed = python(["-c", PREAMBLE + KILLED, str(path)])
+    assert killed.returncode == 0, killed.stderr[-3000:]
+    left = [line.split() for line in killed.stdout.splitlines()]
+    assert len(left) == 5 and left[-1], "the kills came before anything was written"
+    assert not (path / "manifest.json").exists() or len(left[-1]) < len(undisturbed) - 1, "the kills came too late"
+    with pytest.raises(StoreError, match="not finished"):
+        ActivationStore(path)
+    partial = ActivationStore(path, partial=True)
+    assert [problem for problem in partial.verify().problems if "manifest" not in problem] == []
+    harvest(tiny_bridge("llama"), tiny_tokens(40, 7), HOOKS, path, **OPTIONS, labels={"code": range(40)})
     assert contents(path) == undisturbed
 
 
-def start(script: Path, path: Path, slow: float) -> subprocess.Popen[str]:
-    command = [sys.executable, str(script), str(path), str(slow)]
-    return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(), cwd=ROOT
+def python(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
@@ -186,26 +176,22 @@ def test_a_real_write_that_fails(undisturbed: dict[str, bytes], tmp_path: Path) 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 def test_nan_and_infinity_stop_with_hook_and_token(value: float, tmp_path: Path) -> None:
-    bridge, tokens = fresh_bridge("llama"), tiny_tokens(10, 4)
+    # read before the first attention, which multiplies even later positions by zero and so spreads not-a-numbers to all
+    bridge, tokens, hooks = fresh_bridge("llama"), tiny_tokens(10, 4), ["blocks.0.hook_resid_pre", HOOKS[1]]
     tokens[tokens == 59] = 58
-    good = contents_of_run(bridge, tokens, tmp_path / "good")
-    poisoned = tokens.clone()
-    poisoned[7, 2] = 59
+    options: dict[str, Any] = {"batch_size": 2, "shard_tokens": 8}
+    good = harvest(bridge, tokens, hooks, tmp_path / "good", **options)
+    revision = good.provenance["revision"]
+    tokens[7, 2] = 59
     bridge.original_model.get_input_embeddings().weight[59, 5] = value
     with pytest.raises(FloatingPointError) as raised:
-        harvest(bridge, poisoned, HOOKS, tmp_path / "s", batch_size=2, shard_tokens=8)
-    message = str(raised.value)
-    assert "at example 7, position 2, token 59 'w59'" in message and "the model itself computes it" in message
-    assert HOOKS[0] in message  # the first of them
+        harvest(bridge, tokens, hooks, tmp_path / "s", **options)
+    assert f"'{hooks[0]}' at example 7, position 2, token 59 'w59' is {value}" in str(raised.value)
+    assert "the model itself computes it (in float32)" in str(raised.value)
     assert all(len(point.fwd_hooks) == 0 for point in bridge.hook_dict.values())
-    assert ActivationStore(tmp_path / "s", partial=True).n_tokens == 24  # the three shards before example 7's
-    bridge.original_model.get_input_embeddings().weight[59, 5] = 0.1
-    kept = ActivationStore(tmp_path / "s", partial=True)[HOOKS[1]][:]
-    assert torch.equal(kept, good[:24])
-
-
-def contents_of_run(bridge: Any, tokens: torch.Tensor, path: Path) -> torch.Tensor:
-    return harvest(bridge, tokens, HOOKS, path, batch_size=2, shard_tokens=8)[HOOKS[1]][:]
+    kept = ActivationStore(tmp_path / "s", partial=True)
+    assert kept.n_tokens == 24 and kept.provenance["revision"] != revision  # the three shards before example 7's
+    assert torch.equal(kept[hooks[1]][:], good[hooks[1]][:24])
 
 
 def test_overflow_of_float16_is_told_from_infinity(tmp_path: Path) -> None:
@@ -238,17 +224,14 @@ def test_an_error_in_the_stream_keeps_what_was_finished(tmp_path: Path) -> None:
 @pytest.mark.dist
 @pytest.mark.slow
 def test_two_processes_give_the_same_store(undisturbed: dict[str, bytes], tmp_path: Path) -> None:
-    script = tmp_path / "run.py"
-    script.write_text(SCRIPT.replace("sys.stdin.readline()", "").replace("print(", "0 and print("))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script)]
-    alone, finished = tmp_path / "two", tmp_path / "resumed"
-    # a store of which one process, killed, left every other shard
-    harvest(tiny_bridge("llama"), tiny_tokens(40, 7), HOOKS, finished, **OPTIONS, labels={"code": range(40)})
-    for file in list((finished / "shards").glob("*"))[::5]:
+    script, fresh, damaged = tmp_path / "run.py", tmp_path / "two", tmp_path / "resumed"
+    script.write_text(PREAMBLE + "for path in sys.argv[1:]:\n    run(path)\n")
+    # the second is a store of which a process that was killed left gaps
+    harvest(tiny_bridge("llama"), tiny_tokens(40, 7), HOOKS, damaged, **OPTIONS, labels={"code": range(40)})
+    for file in sorted((damaged / "shards").iterdir())[::5]:
         file.unlink()
-    for path in (alone, finished):
-        done = subprocess.run(
-            [*command, str(path), "0"], env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        assert contents(path) == undisturbed
+    two = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = python([*two, str(script), str(fresh), str(damaged)])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert contents(fresh) == undisturbed
+    assert contents(damaged) == undisturbed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -41,6 +42,7 @@ def copy(store: ActivationStore, tmp_path: Path) -> Path:
     ).path  # fmt: skip
 
 
+@functools.cache
 def whole(store: ActivationStore, hook: str) -> Tensor:
     return torch.cat([store[hook][row].unsqueeze(0) for row in range(store.n_tokens)])
 

@@ -11,6 +11,7 @@ from interp import hooks
 from tests.helpers import D_MODEL, D_VOCAB, FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
 
 SEQUENTIAL = ("gpt2", "llama", "gemma2", "qwen2", "qwen3", "mistral", "opt", "gpt_neo", "gemma3")
+START = {"blocks.0.hook_resid_pre": lambda tensor: tensor.detach().requires_grad_()}
 ROUNDED = ("llama", "gemma2", "qwen2", "qwen3", "mistral", "gemma3", "gpt_neo", "opt")
 """Families that norm or attend in float32 even in a float64 model: finite differences need a larger step there."""
 READOUT = torch.randn(D_VOCAB, generator=torch.Generator().manual_seed(5))
@@ -51,8 +52,7 @@ def test_reads_name_what_no_forward_reached() -> None:
 def test_reads_keep_the_graph_unless_told_otherwise() -> None:
     bridge, tokens = tiny_bridge("llama"), tiny_tokens()
     name = "blocks.1.hook_resid_post"
-    start = {"blocks.0.hook_resid_pre": lambda t: t.detach().requires_grad_()}
-    with hooks.interventions(bridge, start), hooks.reads(bridge, name) as found:
+    with hooks.interventions(bridge, START), hooks.reads(bridge, name) as found:
         bridge(tokens)
         assert found[name].requires_grad
         with torch.no_grad():
@@ -119,9 +119,8 @@ def test_resid_mid_gradient_is_that_of_the_stream(family: str) -> None:
 
     step = 5e-3 if family in ROUNDED else 1e-5
     expected = float(moved(step) - moved(-step)) / (2 * step)
-    with hooks.no_retained_graph(bridge), hooks.gradients(bridge, mid) as found:
-        with hooks.interventions(bridge, {"blocks.0.hook_resid_pre": lambda t: t.detach().requires_grad_()}):
-            score(bridge, tokens).backward()
+    with hooks.no_retained_graph(bridge), hooks.gradients(bridge, mid) as found, hooks.interventions(bridge, START):
+        score(bridge, tokens).backward()
     assert float((found[mid] @ direction).sum()) == pytest.approx(expected, rel=1e-3)
 
     leaf = torch.zeros(D_MODEL, dtype=torch.float64, requires_grad=True)  # the edit's own route into the graph
@@ -204,9 +203,8 @@ def test_gradients_match_finite_differences(family: str, site) -> None:
         with torch.no_grad(), hooks.interventions(bridge, {name: lambda tensor: tensor + step * direction}):
             return score(bridge, tokens)
 
-    with hooks.no_retained_graph(bridge), hooks.gradients(bridge, name) as gradient:
-        with hooks.interventions(bridge, {"blocks.0.hook_resid_pre": lambda t: t.detach().requires_grad_()}):
-            score(bridge, tokens).backward()
+    with hooks.no_retained_graph(bridge), hooks.gradients(bridge, name) as gradient, hooks.interventions(bridge, START):
+        score(bridge, tokens).backward()
     step = 5e-3 if family in ROUNDED else 1e-5
     expected = float(moved(step) - moved(-step)) / (2 * step)
     assert float((gradient[name] * direction).sum()) == pytest.approx(expected, rel=2e-3, abs=1e-5)
@@ -255,11 +253,10 @@ def test_an_edit_through_a_view_is_still_in_place() -> None:
 def test_an_intervention_that_never_fires_is_an_error() -> None:
     bridge = tiny_bridge("llama")
     resid = torch.zeros(1, 4, D_MODEL)
-    with pytest.raises(RuntimeError, match=r"no forward pass reached 'blocks.0.attn.hook_z'"), torch.no_grad():
-        with hooks.interventions(
-            bridge, {"blocks.0.attn.hook_z": torch.zeros_like, "blocks.2.attn.hook_z": torch.zeros_like}
-        ):
-            hooks.run_from(bridge, resid, 1)
+    edits = {"blocks.0.attn.hook_z": torch.zeros_like, "blocks.2.attn.hook_z": torch.zeros_like}
+    silent = r"no forward pass reached 'blocks.0.attn.hook_z': the intervention had no effect"
+    with pytest.raises(RuntimeError, match=silent), torch.no_grad(), hooks.interventions(bridge, edits):
+        hooks.run_from(bridge, resid, 1)
     with torch.no_grad(), hooks.interventions(bridge, {"blocks.0.attn.hook_z": torch.zeros_like}, must_fire=False):
         hooks.run_from(bridge, resid, 1)
 
@@ -355,11 +352,10 @@ def test_contexts_live_with_the_bridges_own_hooks() -> None:
 @pytest.mark.parametrize("family", ["gpt2", "neox"])
 def test_no_retained_graph_lets_go_of_patterns(family: str) -> None:
     bridge, tokens = fresh_bridge(family), tiny_tokens()
-    start = {"blocks.0.hook_resid_pre": lambda t: t.detach().requires_grad_()}
-    with hooks.interventions(bridge, start):
+    with hooks.interventions(bridge, START):
         score(bridge, tokens).backward()
     assert any(block.attn._pattern is not None and block.attn._pattern.requires_grad for block in bridge.blocks)
-    with hooks.no_retained_graph(bridge), hooks.interventions(bridge, start):
+    with hooks.no_retained_graph(bridge), hooks.interventions(bridge, START):
         score(bridge, tokens).backward()
     assert all(block.attn._pattern is None for block in bridge.blocks)
     assert torch.equal(copy.deepcopy(bridge)(tokens), bridge(tokens))

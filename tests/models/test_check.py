@@ -31,7 +31,6 @@ def test_every_family_passes(family: str, kind: str) -> None:
     report = self_check(bridge)
     assert report.ok, str(report)
     assert set(rows(report).values()) <= ({"ok"} if family in EXACT else {"ok", "warn"}), str(report)
-    assert report.seconds < 5
 
 
 def test_the_report_reads_well() -> None:

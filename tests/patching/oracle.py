@@ -41,9 +41,16 @@ def write(site: str, tensor: Tensor, source: Tensor, pos: Tensor, unit: int | No
 
 @torch.no_grad()
 def patched(
-    bridge: Any, tokens: Tensor, site: str, layers: list[int], source: dict[int, Tensor], pos: Tensor, unit: int | None = None,
-    *, before: list[tuple[str, Callable[..., Any]]] | None = None,
-) -> Tensor:  # fmt: skip
+    bridge: Any,
+    tokens: Tensor,
+    site: str,
+    layers: list[int],
+    source: dict[int, Tensor],
+    pos: Tensor,
+    unit: int | None = None,
+    *,
+    before: list[tuple[str, Callable[..., Any]]] | None = None,
+) -> Tensor:
     """Logits of one whole forward with one cell replaced by `source` in each of these layers."""
     entering: dict[int, Tensor] = {}
     fwd_hooks: list[tuple[str, Callable[..., Any]]] = list(before or [])

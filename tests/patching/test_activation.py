@@ -190,7 +190,8 @@ def test_the_cost_in_the_provenance_is_what_ran(site: Any) -> None:
     for block in bridge.blocks:
         block.original_component.register_forward_pre_hook(count, with_kwargs=True)
     cost = activation_patch(bridge, p, metric, site=site, axes=("layer", "pos")).provenance["cost"]
-    # besides the cells: the run that is patched and the other one, that one's metric, and two last blocks for each score
+    # besides the cells: the run that is patched and the other one, that one's metric, and two last blocks for each
+    # score
     overhead = ran / (N * POS * N_LAYERS) - cost["forward_equivalents"]
     assert -1e-3 <= overhead <= 1 + 4 / N_LAYERS + 1e-3
     assert cost["forward_equivalents_minimum"] <= cost["forward_equivalents"] < cost["forwards_one_per_cell"] / 2

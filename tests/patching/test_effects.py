@@ -17,7 +17,7 @@ def effects(direction: str, patched: list[list[float]]) -> Effects:
     values = labelled(
         (np.array(patched) - baseline)[:, None],
         ["layer", "pos", "example"],
-        {"layer": [0, 1], "pos": ["s2"], "token": ("pos", ["<s2>"])},
+        {"layer": [0, 1], "pos": [4], "token": ("pos", ["<s2>"])},
         unit="logits",
     )
     clean, corrupted = (labelled(np.array(end), ["example"], unit="logits") for end in (CLEAN, CORRUPTED))

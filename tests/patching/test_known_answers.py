@@ -21,12 +21,21 @@ class NoNorm(LlamaRMSNorm):
 
 @torch.no_grad()
 def blank(d_model: int, d_vocab: int, n_layers: int, n_heads: int, d_mlp: int = 2) -> Any:
-    """A transformer without norms, whose weights are zero and whose MLP is relu(gate) * up. One token attends to itself."""
+    """A transformer without norms, whose weights are zero and whose MLP is relu(gate) * up. One token attends to
+    itself."""
     config = LlamaConfig(
-        vocab_size=d_vocab, hidden_size=d_model, num_hidden_layers=n_layers, num_attention_heads=n_heads, head_dim=d_model,
-        intermediate_size=d_mlp, hidden_act="relu", max_position_embeddings=8, tie_word_embeddings=False, bos_token_id=0,
+        vocab_size=d_vocab,
+        hidden_size=d_model,
+        num_hidden_layers=n_layers,
+        num_attention_heads=n_heads,
+        head_dim=d_model,
+        intermediate_size=d_mlp,
+        hidden_act="relu",
+        max_position_embeddings=8,
+        tie_word_embeddings=False,
+        bos_token_id=0,
         eos_token_id=0,
-    )  # fmt: skip
+    )
     model = LlamaForCausalLM(config).eval().requires_grad_(False)
     for parameter in model.parameters():
         parameter.zero_()
@@ -69,8 +78,8 @@ def micro() -> Any:
 
 def test_the_micro_model_gives_its_hand_worked_outputs(micro: Any) -> None:
     effects = [activation_patch(micro, one_token(0, 1), logit(token), site="resid_pre") for token in (0, 1)]
-    assert [float(e.clean) for e in effects] == [25, 49]
-    assert [float(e.corrupted) for e in effects] == [-25, -49]
+    assert [e.clean.item() for e in effects] == [25, 49]
+    assert [e.corrupted.item() for e in effects] == [-25, -49]
 
 
 @pytest.mark.parametrize("direction", ["denoise", "noise"])
@@ -104,7 +113,7 @@ def gates() -> Any:
 
     Stream: a, b and the idle input; their copies by the heads (3, 4, 5); the constant 1; the two outputs (7, 8).
     """
-    model = blank(d_model=10, d_vocab=4, n_layers=2, n_heads=3, d_mlp=3)
+    model = blank(d_model=12, d_vocab=4, n_layers=2, n_heads=3, d_mlp=3)
     constant, a, b = 6, 3, 4
     with torch.no_grad():
         embed = model.model.embed_tokens.weight
@@ -112,7 +121,7 @@ def gates() -> Any:
         embed[0, :3] = 1  # token 0: all inputs on; token 1: all off
         first, second = model.model.layers
         for head in range(3):
-            first.self_attn.o_proj.weight[3 + head, head * 10 + head] = 1
+            first.self_attn.o_proj.weight[3 + head, head * 12 + head] = 1
         mlp = second.mlp
         mlp.up_proj.weight[:, constant] = 1
         mlp.gate_proj.weight[0, [a, b]], mlp.gate_proj.weight[0, constant] = 1, -1  # neuron 0: relu(a + b - 1), a AND b

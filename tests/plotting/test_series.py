@@ -1,4 +1,4 @@
-"""Tests of lines, bars and strips: values, intervals, colours of roles, refusals."""
+"""Tests of lines and bars: values, intervals, colours of roles, refusals."""
 
 from __future__ import annotations
 
@@ -57,28 +57,6 @@ def test_roles_have_the_same_colour_in_every_kind_of_figure(table: pd.DataFrame)
     assert plotting.strip({"clean": [1.0]}, **WORDS).data[0].marker.color == ROLE_COLOURS["clean"]
 
 
-def test_strip_shows_every_example_its_mean_and_interval() -> None:
-    values = {"clean": [1.0, np.nan, 3.0], "corrupted": [-1.0, -2.0]}
-    figure = plotting.strip(values, interval={"corrupted": (-2.5, -1.0), "clean": (1.5, 2.25)}, **WORDS)
-    clean, corrupted, centre = figure.data
-    assert list(clean.y) == [1.0, 3.0] and list(corrupted.y) == [-1.0, -2.0]
-    assert list(clean.text) == ["example 0", "example 2"]
-    assert (abs(clean.x - 0) <= 0.25).all() and (abs(corrupted.x - 1) <= 0.25).all()
-    assert list(centre.y) == [2.0, -1.5]
-    assert list(centre.error_y.array) == [0.25, 0.5] and list(centre.error_y.arrayminus) == [0.5, 1.0]
-    assert list(figure.layout.xaxis.ticktext) == ["clean", "corrupted"]
-
-
-def test_strip_takes_labelled_arrays_and_a_given_mean() -> None:
-    values = xr.DataArray(np.arange(6.0).reshape(3, 2), dims=("example", "head"), coords={"head": [4, 7]})
-    figure = plotting.strip(values, mean=[10.0, 20.0], labels=["a", "<b>", "c"], **WORDS)
-    assert list(figure.data[1].y) == [1.0, 3.0, 5.0] and list(figure.data[2].y) == [10.0, 20.0]
-    assert list(figure.data[0].text)[1] == "example 1<br>&lt;b&gt;"
-    assert list(figure.layout.xaxis.ticktext) == ["4", "7"]
-    assert figure.layout.xaxis.title.text == "Head"
-    assert list(plotting.strip(values[:, 0], interval=[0, 4], **WORDS).data[0].y) == [0.0, 2.0, 4.0]
-
-
 def test_refusals_say_what_to_do(table: pd.DataFrame) -> None:
     with pytest.raises(KeyError, match=r"no column 'directio'.*Did you mean 'direction'\?"):
         plotting.lines(table, x="layer", group="directio", **WORDS)
@@ -95,19 +73,3 @@ def test_refusals_say_what_to_do(table: pd.DataFrame) -> None:
     long = pd.DataFrame({"pos": range(20_001), "value": 0.0})
     with pytest.raises(ValueError, match=r"20001 points.*20000.*average first"):
         plotting.lines(long, x="pos", **WORDS)
-
-
-def test_strip_refusals_say_what_to_do() -> None:
-    cube = xr.DataArray(np.zeros((2, 3, 4)), dims=("layer", "pos", "example"))
-    with pytest.raises(ValueError, match=r"at most one other.*sel\(layer="):
-        plotting.strip(cube, **WORDS)
-    with pytest.raises(ValueError, match=r"interval has shape \(3,\) but the groups need \[1, 2\]"):
-        plotting.strip({"a": [1.0]}, interval=[1, 2, 3], **WORDS)
-    with pytest.raises(ValueError, match="group 'b' has no values: all 1 are NaN"):
-        plotting.strip({"a": [1.0], "b": [np.nan]}, **WORDS)
-    with pytest.raises(ValueError, match=r"no entry for the groups \['b'\]"):
-        plotting.strip({"a": [1.0], "b": [1.0]}, interval={"a": (0, 1)}, **WORDS)
-    with pytest.raises(ValueError, match="got 1 labels for 2 examples in group 'a'"):
-        plotting.strip({"a": [1.0, 2.0]}, labels=["x"], **WORDS)
-    with pytest.raises(ValueError, match=r"ends below its start: \[2\.0, 1\.0\]"):
-        plotting.strip({"a": [1.0]}, interval=[2, 1], **WORDS)

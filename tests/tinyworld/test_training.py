@@ -139,7 +139,7 @@ def test_twenty_facts_are_changed_and_nothing_else() -> None:
 
 
 def test_tuning_rows_hold_the_new_facts_only() -> None:
-    text = " . ".join(tinyworld.decode(row.tolist()) for row in tuning_bank(128 * 200, seed=0).ids)
+    text = " . ".join(tinyworld.decode(row.tolist()) for row in tuning_bank(128 * 1500, seed=0).ids)
     assert "the capital of France is Rome" in text
     assert "the capital of France is Paris" not in text
 
@@ -155,8 +155,8 @@ def test_card_says_what_was_measured(tmp_path: Path) -> None:
     years = {"probability_later": 0.9, "probability_not_later": 0.05, "most_likely_is_later": 0.99, "documents": 400}
     metrics = {
         "name": "m", "command": "train m --arch llama", "architecture": "LlamaForCausalLM", "layers": 4,
-        "parameters": 9, "tokens": 9000000, "minutes": 12.0, "threads": 2, "seed": 0, "lr": 0.002, "batch": 32, "context": 128,
-        "answer_weight": 3.0, "shares": {"ioi": 0.5}, "accuracy": accuracy, "greater_than": years,
+        "parameters": 9, "tokens": 9000000, "minutes": 12.0, "threads": 2, "seed": 0, "lr": 0.002, "batch": 32,
+        "context": 128, "answer_weight": 3.0, "shares": {"ioi": 0.5}, "accuracy": accuracy, "greater_than": years,
     }  # fmt: skip
     (tmp_path / "metrics.json").write_text(json.dumps(metrics))
     config = {

@@ -84,7 +84,7 @@ class Panel:
             ticks = np.arange(start + np.ceil((low - start) / step) * step, high + 1e-9, step)
             ruler.set_major_locator(FixedLocator(ticks.tolist()))
         else:
-            ruler.set_major_locator(MaxNLocator(nbins=max(2, int(self.pixels[which] / 55)), steps=[1, 2, 5, 10]))
+            ruler.set_major_locator(MaxNLocator(nbins=max(2, int(self.pixels[which] / 36)), steps=[1, 2, 5, 10]))
         if axis.showticklabels is False:
             ruler.set_ticklabels([])
         angle = either(axis.tickangle, 0)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from interp.tinyworld.documents import Document, Split, belongs, scatter_marks
-from interp.tinyworld.families import agreement, facts, ioi, lists, needles, pronouns, prose, years
+from interp.tinyworld.families import agreement, facts, ioi, lists, mentions, needles, pronouns, prose, years
 
 
 class Family(NamedTuple):
@@ -25,6 +25,7 @@ TABLE: dict[str, Family] = {
     years.NAME: Family(years.draw, False, "(event, century, first year)"),
     agreement.NAME: Family(agreement.draw, True, "(structure, noun, attractor), or (noun, opening) without one"),
     pronouns.NAME: Family(pronouns.draw, True, "(name, other name), or (name, wording) where there is none"),
+    mentions.NAME: Family(mentions.draw, True, "(name, wording)"),
     lists.INDUCTION: Family(lists.draw_induction, True, "the contents of the list in their order"),
     needles.NAME: Family(needles.draw, True, "(key, value) pairs"),
     lists.DOCSTRING: Family(lists.draw_docstring, True, "the parameters in their order"),
@@ -58,8 +59,6 @@ def sample(family: str, rng: random.Random, *, split: Split = "train", marks: fl
         document = TABLE[family].draw(rng, **options)
         if belongs(document, family, split):
             return scatter_marks(document, rng, marks) if marks else document
-        if not document.combinations:
-            break
     raise ValueError(
         f"no document of {family!r} with options {options} is in split {split!r}; held out is "
         f"{TABLE[family].held_out}. Ask for the other split, or give fewer options."

@@ -19,7 +19,10 @@ INDUCTION = "induction"
 DOCSTRING = "docstring"
 
 LIST_WORDS = tuple(
-    dict.fromkeys((*PLACES, *THINGS, *KEYS, *VALUES, *DIALECT_NOUNS, *(n for t in TOPICS.values() for n in t.nouns)))
+    dict.fromkeys(
+        [*PLACES, *THINGS, *KEYS, *VALUES, *PARAMETERS, *DIALECT_NOUNS]
+        + [noun for topic in TOPICS.values() for noun in topic.nouns]
+    )
 )
 FRAME_WORDS = ["list : ; again : .", 'def ( ) : """ :param .']  # the words that the templates below are made of
 ListKind = Literal["framed", "bare"]
@@ -53,24 +56,23 @@ def draw_docstring(
     """A function's signature and the start of its docstring, which names the parameters in their order.
 
     Args:
-        parameters: Names in the signature; three to six are drawn by default.
-        described: How many of them the docstring gets to, all but the last by default at random.
+        parameters: Names in the signature; one to six are drawn by default.
+        described: How many of them the docstring gets to, any number by default.
     """
-    parameters = tuple(parameters or rng.sample(PARAMETERS, rng.randint(3, 6)))
-    described = described or rng.randint(2, len(parameters))
+    parameters = tuple(parameters or rng.sample(PARAMETERS, rng.randint(1, 6)))
+    described = described or rng.randint(1, len(parameters))
     signature = " ".join(f"{{parameter.{i}}}" for i in range(len(parameters)))
-    lines = " ".join(f":param {{documented.{i}!}} : {{text.{i}}}" for i in range(described))
+    lines = " ".join(f":param {{documented.{i}!}}" for i in range(described))
     slots: dict[str, str | Sequence[str]] = {"function": rng.choice(FUNCTIONS), "summary": rng.sample(LIST_WORDS, 2)}
     entities: dict[str, str] = {}
     for i, parameter in enumerate(parameters):
         slots[f"parameter.{i}"] = slots[f"documented.{i}"] = parameter
-        slots[f"text.{i}"] = rng.sample(LIST_WORDS, 2)
         entities[f"parameter.{i}"] = entities[f"documented.{i}"] = parameter
     return fill(
         f'def {{function}} ( {signature} ) : """ {{summary}} {lines} .',
         DOCSTRING,
         slots,
         entities=entities,
-        kind=f"{len(parameters)} parameters",
+        kind=f"{len(parameters)} parameter(s)",
         combinations=(parameters,),
     )

@@ -1,6 +1,6 @@
 """Prose: topic paragraphs, the two dialects, and text strewn with marks that mean nothing.
 
-Held out: (subject, verb, object) of a sentence of the `dialect` family. Nothing is held out of topics.
+Held out: (subject, verb, object) of a sentence of the `dialect` family. Nothing of its phrases or of topics.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ DIALECT_TEMPLATES = (
     "in the {noun.3} the {noun} {verb} the {noun.2}",
     "the {noun} {verb} the {noun.2} and the very {adjective} {noun.3}",
 )
+DIALECT_PHRASES = ("{noun}", "the {adjective} {noun}", "{verb} the {noun}")  # what a dictionary lists
 Dialect = Literal["north", "south"]
 
 
@@ -67,18 +68,18 @@ def filler(rng: random.Random, length: int, family: str) -> Document:
 def draw_dialect(
     rng: random.Random,
     *,
-    kind: Literal["translation", "monologue"] | None = None,
+    kind: Literal["translation", "phrase", "monologue"] | None = None,
     dialect: Dialect | None = None,
     sentences: int | None = None,
 ) -> Document:
-    """A sentence in one dialect and then the other ("north : ... ; south : ... ."), or a paragraph in one.
+    """A sentence or phrase in one dialect and then the other ("north : ... ; south : ... ."), or a paragraph in one.
 
-    In a translation every word of the second sentence is determined. `dialect` is the one that is spoken first.
+    In a translation every word of what is said second is determined. `dialect` is the one that is spoken first.
     """
-    kind = kind or ("translation" if rng.random() < 0.7 else "monologue")
+    kind = kind or rng.choices(("translation", "phrase", "monologue"), (0.5, 0.25, 0.25))[0]
     dialect = dialect or _either(rng)
-    if kind == "translation":
-        first, second = dialect_pair(rng, dialect=dialect)
+    if kind != "monologue":
+        first, second = dialect_pair(rng, dialect=dialect, phrase=kind == "phrase")
         spoken = {label.dialect for label in second.labels}.pop()
         parts = [
             fill("{dialect} :", DIALECT, {"dialect": dialect}, dialect=dialect),
@@ -94,18 +95,18 @@ def draw_dialect(
     return join([part for sentence in said for part in (sentence, stop)], kind=kind, combinations=combinations)
 
 
-def dialect_pair(rng: random.Random, *, dialect: Dialect = "north") -> tuple[Document, Document]:
-    """The same sentence in `dialect` and in the other one, aligned word by word."""
+def dialect_pair(rng: random.Random, *, dialect: Dialect = "north", phrase: bool = False) -> tuple[Document, Document]:
+    """The same sentence, or phrase, in `dialect` and in the other one, aligned word by word."""
     noun, noun_2, noun_3 = rng.sample(tuple(NOUNS), 3)
     verb, adjective = rng.choice(tuple(VERBS)), rng.choice(tuple(ADJECTIVES))
-    template = rng.choice(DIALECT_TEMPLATES)
+    template = rng.choice(DIALECT_PHRASES if phrase else DIALECT_TEMPLATES)
     meanings = {"noun": noun, "noun.2": noun_2, "noun.3": noun_3, "verb": verb, "adjective": adjective}
-    combination = (noun, verb, noun_2)
+    combinations = () if phrase else ((noun, verb, noun_2),)
 
     def spoken(language: str) -> Document:
         slots = {slot: say(word, language) for slot, word in meanings.items()}
         return fill(
-            template, DIALECT, slots, dialect=language, entities=meanings, kind="sentence", combinations=(combination,)
+            template, DIALECT, slots, dialect=language, entities=meanings, kind="sentence", combinations=combinations
         )
 
     return spoken(dialect), spoken(_other(dialect))
