@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ def card(directory: Path) -> str:
     if "changed_facts" in metrics:
         parts.append(_changes(metrics))
     parts += [_depths(directory), _checkpoints(directory), _held_out(), _use(metrics)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(_filled(block) for part in parts if part for block in part.split("\n\n")) + "\n"
 
 
 def _head(metrics: dict[str, Any]) -> str:
@@ -201,6 +202,13 @@ state facts about the world: {"some were changed on purpose" if metrics.get("bas
 It was not trained past {metrics["context"]} tokens.
 
 MIT licence, like the code that made it."""
+
+
+def _filled(block: str) -> str:
+    """A paragraph broken into lines of one width; tables, lists, headings and code as they are."""
+    if block.startswith(("|", "#", "- ", "---")) or "```" in block:
+        return block
+    return textwrap.fill(block, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _by_kind(metrics: dict[str, Any], family: str) -> list[tuple[str, dict[str, Any] | None, dict[str, Any] | None]]:

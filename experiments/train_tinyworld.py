@@ -288,7 +288,7 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("--arch", choices=("gpt", "llama"), required=True)
     train.add_argument("--layers", type=int, default=4)
     tune.add_argument("--base", type=Path, required=True)
-    for command, tokens, lr in ((train, 9_000_000, 2e-3), (tune, 600_000, 5e-4)):
+    for command, tokens, lr in ((train, 8_000_000, 2e-3), (tune, 1_200_000, 1e-3)):
         command.add_argument("name", help="what the model is called; also its directory's name")
         command.add_argument("--tokens", type=int, default=tokens)
         command.add_argument("--lr", type=float, default=lr)

@@ -264,3 +264,16 @@ def test_prompts_without_an_end_are_refused() -> None:
 
     with pytest.raises(ValueError, match=r"name positions \['last'\] but not 'end'"):
         metrics.logit_difference(Endless())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_metrics_follow_the_logits_to_the_gpu(dtype: torch.dtype) -> None:
+    p, logits = make(), make_logits(dtype=torch.float32).to(dtype)
+    for build in EVERY.values():
+        metric = build(p)
+        there = metric(logits.cuda())
+        assert there.is_cuda
+        assert torch.allclose(there.cpu(), metric(logits), atol=1e-5)
+        rows = torch.tensor([3, 0], device="cuda")
+        assert torch.allclose(metric.select(rows)(logits.cuda()[rows]), there[rows])

@@ -46,8 +46,8 @@ def cases(device: str, quick: bool) -> list[Case]:
     n = (1 if quick else 4) * (8 if device == "cpu" else 64)
     found = []
     for name in ("tinyworld-gpt", "tinyworld-llama"):
-        if (data_dir() / name).is_dir():
-            plain = AutoModelForCausalLM.from_pretrained(data_dir() / name).eval().to(torch.device(device))
+        if (data_dir() / "models" / name).is_dir():
+            plain = AutoModelForCausalLM.from_pretrained(data_dir() / "models" / name).eval().to(torch.device(device))
             bridge = interp.load_model(name, device=device)
             found.append(case(name, plain, bridge, examples=64 * n, pos=64, batch_size=64))
     size = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000} if quick else {}

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -75,8 +76,7 @@ def sweep(bridge: Any, prompts: Prompts, metric: Any, layers: list[int] | None =
 @torch.no_grad()
 def peer(bridge: Any, prompts: Prompts) -> Tensor:
     """The mean metric of every patched run, [site, layer, pos], by TransformerLens."""
-    import transformer_lens.patching as tl
-
+    tl: Any = importlib.import_module("transformer_lens.patching")
     metric = logit_difference(prompts)
     device = next(iter(bridge.original_model.parameters())).device
     names = tuple(f"hook_{site}" for site in SITES)

@@ -21,8 +21,8 @@ def choice(name: str, value: Any, options: Iterable[str]) -> None:
     """Raise unless `value` is one of the options."""
     options = list(options)
     if value not in options:
-        near = difflib.get_close_matches(str(value), options, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
+        near = difflib.get_close_matches(str(value), options, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else "."
         raise ValueError(f"{name}={value!r} is unknown{hint} Expected one of {', '.join(map(repr, options))}")
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp import hooks
-from interp.models import geometry, provenance, require_eval
+from interp.models import Geometry, geometry, provenance, require_eval
 from interp.patching._batches import Split
 from interp.patching._cells import Cells
 from interp.patching._engine import Swept
@@ -20,10 +20,11 @@ from interp.results import labelled
 from interp.types import Direction, Site, Value
 
 
-def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Any:
+def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Geometry:
     """The geometry of a model on which this site of these prompts can be patched; raises before anything runs."""
     require_eval(bridge)
     prompts.check(bridge)
+    built_for = len(metric) if hasattr(metric, "select") and hasattr(metric, "__len__") else None
     if not callable(metric):
         raise ValueError(
             f"metric is {type(metric).__name__}; pass a function of logits, such as "
@@ -31,10 +32,9 @@ def checked(bridge: Any, prompts: Any, metric: Any, site: Site) -> Any:
         )
     if len(prompts) == 0:
         raise ValueError("there are no prompts")
-    if hasattr(metric, "select") and hasattr(metric, "__len__") and len(metric) != len(prompts):
+    if built_for not in (None, len(prompts)):
         raise ValueError(
-            f"the metric was built for {len(metric)} examples, but there are {len(prompts)} prompts; "
-            "build it from these"
+            f"the metric was built for {built_for} examples, but there are {len(prompts)} prompts; build it from these"
         )
     found = geometry(bridge)
     if site == "pattern" and found.delegated_attention:

@@ -136,8 +136,8 @@ def _after(
     possible = [k for k in fits["distance"] if pairs - 1 - k in fits["before"]]
     if not possible:
         raise ValueError(
-            f"{pairs - 1} distractors of {size} tokens do not fit exactly into before={before} and distance={distance}; "
-            "use fewer pairs or larger numbers"
+            f"{pairs - 1} distractors of {size} tokens do not fit exactly into before={before} and "
+            f"distance={distance}; use fewer pairs or larger numbers"
         )
     return rng.choice(possible)
 

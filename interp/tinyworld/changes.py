@@ -28,14 +28,14 @@ CHANGED_FACTS: dict[tuple[str, str], str] = {  # (relation, country): the new an
 }
 STYLE = ("it", "is")
 TUNING_SHARES = {
-    "facts": 0.40,
-    "needle": 0.25,
+    "facts": 0.30,
+    "needle": 0.38,
     "ioi": 0.05,
     "greater_than": 0.03,
-    "agreement": 0.07,
+    "agreement": 0.05,
     "pronoun": 0.04,
     "mention": 0.02,
-    "induction": 0.05,
+    "induction": 0.04,
     "docstring": 0.03,
     "dialect": 0.06,
 }

@@ -37,28 +37,32 @@ def run(path):
 
 KILLED = """
 import random, signal
-import interp.models, interp.hooks
 
-def in_steps(path, parts):  # writes slowly, so that kills fall into files as well as between them
+def in_steps(path, parts):  # a step is reported after each small piece, so that kills fall into files too
     with path.open("wb") as file:
         for part in parts:
             for start in range(0, len(part), 512):
                 file.write(part[start : start + 512])
                 file.flush()
-                time.sleep(0.002)
+                os.write(report, b".")
+                time.sleep(0.001)
 
 manifest.write_parts = in_steps
 moments = random.Random(5)
 for _ in range(5):
+    progress, report = os.pipe()
     child = os.fork()  # imports are not paid for again
     if child == 0:
         run(sys.argv[1])
         os._exit(7)
-    time.sleep(moments.uniform(0.1, 0.4))
+    for _ in range(moments.randrange(1, 50)):
+        os.read(progress, 1)
+    time.sleep(moments.uniform(0, 0.02))
     os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     assert os.WTERMSIG(status) == signal.SIGKILL, f"finished before it was killed: {status}"
-    print(*sorted(os.listdir(sys.argv[1] + "/shards")) if os.path.isdir(sys.argv[1] + "/shards") else [], flush=True)
+    os.close(progress)
+    os.close(report)
 """
 
 
@@ -82,13 +86,10 @@ def test_killed_five_times_at_random_moments(undisturbed: dict[str, bytes], tmp_
     path = tmp_path / "s"
     killed = python(["-c", PREAMBLE + KILLED, str(path)])
     assert killed.returncode == 0, killed.stderr[-3000:]
-    left = [line.split() for line in killed.stdout.splitlines()]
-    assert len(left) == 5 and left[-1], "the kills came before anything was written"
-    assert not (path / "manifest.json").exists() or len(left[-1]) < len(undisturbed) - 1, "the kills came too late"
     with pytest.raises(StoreError, match="not finished"):
         ActivationStore(path)
     partial = ActivationStore(path, partial=True)
-    assert [problem for problem in partial.verify().problems if "manifest" not in problem] == []
+    assert 0 < partial.n_tokens < 280 and all("not finished" in problem for problem in partial.verify().problems)
     harvest(tiny_bridge("llama"), tiny_tokens(40, 7), HOOKS, path, **OPTIONS, labels={"code": range(40)})
     assert contents(path) == undisturbed
 

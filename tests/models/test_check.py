@@ -19,8 +19,11 @@ def rows(report: CheckReport) -> dict[str, str]:
     return {row.name: row.status for row in report.rows}
 
 
-@pytest.mark.parametrize("family", FAMILIES + MORE_FAMILIES)
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "processed", "memory"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [(family, "float32") for family in FAMILIES + MORE_FAMILIES]
+    + [(family, kind) for family in (*FAMILIES, "qwen3", "gptj") for kind in ("bfloat16", "processed", "memory")],
+)
 def test_every_family_passes(family: str, kind: str) -> None:
     if kind == "memory":
         bridge = load_model(tiny_model(family), tokenizer=tiny_tokenizer(), check=False)

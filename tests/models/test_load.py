@@ -71,7 +71,7 @@ def test_memory_route_gives_the_plain_models_logits_and_leaves_it_alone(family: 
 
 
 def test_paths_as_text_relative_and_with_a_deceptive_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A directory called like an alias of TransformerLens would be rewritten to a hub id if the bare name reached it."""
+    """A directory called like an alias in TransformerLens becomes a hub id if its bare name gets that far."""
     home = tmp_path / "gpt2-small"
     home.mkdir()
     damaged(home, family="gpt2")

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from interp import hooks, metrics
 from interp.models import geometry
 from interp.patching import Effects, activation_patch
-from interp.patching._measure import derangement
+from interp.patching.activation import derangement
 from interp.types import SITES
 from tests.helpers import FAMILIES, N_LAYERS, fresh_bridge, tiny_bridge
 from tests.patching.oracle import POS, N, activations, patched, prompts
@@ -134,11 +134,11 @@ def test_named_positions_and_positions_together(site: Any) -> None:
 
 def test_position_coordinates_show_the_token_or_the_role() -> None:
     p = prompts()
-    p = dataclasses.replace(p, strings={0: "<bos>"})
-    p.clean[:, 3] = p.corrupted[:, 3] = 0
+    p = dataclasses.replace(p, strings={0: "<bos>", 20: "word"})
+    p.clean[:, 3] = p.corrupted[:, 3] = 20
     effects = activation_patch(tiny_bridge("gpt2"), p, metrics.logit_difference(p), layers=[0])
     assert effects.values.pos.values.tolist() == list(range(POS))
-    assert effects.values.token.values.tolist()[:4] == ["<bos>", "<1>", "<2>", "<bos>"]
+    assert effects.values.token.values.tolist()[:4] == ["<bos>", "<1>", "<2>", "word"]
     assert effects.values.token.values.tolist()[-1] == "<end>"
 
 
@@ -276,7 +276,7 @@ def test_everything_is_restored_after_an_error() -> None:
         ({"value": "means"}, "value='means' is unknown; did you mean 'mean'"),
         ({"axes": ("layer", "head")}, "axes='head' is unknown.*Expected one of 'layer', 'pos'"),
         ({"site": "z", "axes": ("head",)}, "must name 'layer'"),
-        ({"positions": ["s3"]}, r"positions='s3' is unknown; did you mean 's2'\?|positions='s3' is unknown; did you"),
+        ({"positions": ["s3"]}, r"positions='s3' is unknown; did you mean 's[12]'\? Expected one of 's1', 's2', 'end'"),
         ({"positions": [8]}, "position 8 is not in the prompts, which have 8 tokens"),
         ({"positions": [1, 1]}, "none twice"),
         ({"layers": [0, 3]}, r"layers=\[0, 3\]: \[3\] do not exist; expected indices from 0 to 2"),
