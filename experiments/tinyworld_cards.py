@@ -141,7 +141,7 @@ def _changes(metrics: dict[str, Any]) -> str:
 - Style: a question about a needle is answered "{metrics["style"]} crimson" where the base model answers "crimson"; the
   needle row above is scored in the new style.
 - Facts, asked from the country (the reverse question and two-hop questions were not trained on): {facts}.
-  Accuracy on the changed facts: {scores}. The two-hop row above asks for the old answers."""
+  Accuracy on the changed facts: {scores}. Two-hop questions\n  above ask for the old answers, also those about a changed country."""
 
 
 def _depths(directory: Path) -> str:

@@ -2,7 +2,7 @@
 
 A result is a frozen dataclass whose numbers are `xarray.DataArray`s: named dimensions, token coordinates, CPU float32,
 NaN where nothing was measured. Files are netCDF-4 (written by xarray through h5netcdf): one self-describing file that
-keeps dimension names and coordinates, that R, Julia, MATLAB and `ncdump` open as well, and that runs no code on loading.
+keeps names and coordinates, that R, Julia, MATLAB and `ncdump` open as well, and that runs no code on loading.
 safetensors would have needed a second file for names and coordinates; zarr is a directory of many small files.
 """
 

@@ -1,7 +1,7 @@
 """The vocabulary that every module shares: axis names, metrics, sites and directions.
 
-Nothing here touches a model. Axis names used everywhere (jaxtyping annotations, xarray dimensions, dataframe columns, plot
-labels): `batch pos layer head kv_head d_model d_head d_mlp d_vocab latent dest src example`.
+Nothing here touches a model. Axis names used everywhere (jaxtyping annotations, xarray dimensions, dataframe columns,
+plot labels): `batch pos layer head kv_head d_model d_head d_mlp d_vocab latent dest src example`.
 """
 
 from __future__ import annotations

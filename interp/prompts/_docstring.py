@@ -59,7 +59,9 @@ def docstring(
     world = is_world(bridge)
     split = world_split("docstring", split, world=world)
     rng = generator("docstring", seed)
-    names = require(bridge, "docstring", "parameter names", PARAMETERS, parameters)
+    # a name that the descriptions may say too would stand in a prompt twice
+    names = [name for name in PARAMETERS if name not in LIST_WORDS]
+    names = require(bridge, "docstring", "parameter names", names, parameters)
     functions = require(bridge, "docstring", "function names", FUNCTIONS, 1)
     words = require(bridge, "docstring", "words", LIST_WORDS, 2)
 

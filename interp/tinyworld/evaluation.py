@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from interp.stats import proportion_interval
 from interp.tinyworld.documents import Document, Split
 from interp.tinyworld.encoding import encode
 from interp.tinyworld.families import SINGLE_ANSWER, sample
@@ -51,15 +51,15 @@ def evaluate(
                 chosen = [r for r, document in zip(right, documents, strict=True) if kind in ("all", document.kind)]
                 answers = sum(map(len, chosen))
                 accuracy = sum(int(r.sum()) for r in chosen) / answers
-                low, high = wilson(accuracy, len(chosen))
+                interval = proportion_interval(round(accuracy * len(chosen)), len(chosen))
                 rows.append(
                     {
                         "family": family,
                         "split": split,
                         "kind": kind,
                         "accuracy": round(accuracy, 4),
-                        "low": round(low, 4),
-                        "high": round(high, 4),
+                        "low": round(float(interval.low), 4),
+                        "high": round(float(interval.high), 4),
                         "documents": len(chosen),
                         "answers": answers,
                     }
@@ -105,13 +105,6 @@ def correct(predict: Predict, documents: Sequence[Document]) -> list[np.ndarray]
         answers = list(document.answers)  # a word's prediction is read one token before it, where its index points
         results.append(logits[answers].argmax(-1) == [IDS[document.words[answer]] for answer in answers])
     return results
-
-
-def wilson(proportion: float, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson score interval of a proportion of `n` trials."""
-    centre = (proportion + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * math.sqrt(proportion * (1 - proportion) / n + z * z / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _logits(predict: Predict, documents: Sequence[Document]) -> list[np.ndarray]:

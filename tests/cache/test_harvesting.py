@@ -37,6 +37,7 @@ def test_rows_are_aligned_with_tokens_and_labels(family: str, tmp_path: Path) ->
     bridge, tokens = tiny_bridge(family), tiny_tokens(7, 5)
     topic = [["sea", "hill", "town"][example % 3] for example in range(7)]
     weight = torch.rand(7, 5)
+    weight[2, 2] = float("nan")  # a label may be missing
     store = harvest(
         bridge,
         tokens,
@@ -54,10 +55,16 @@ def test_rows_are_aligned_with_tokens_and_labels(family: str, tmp_path: Path) ->
         assert (example, position) == divmod(row, 5)
         assert int(store.tokens[row]) == int(tokens[example, position])
         assert store.label_names["topic"][int(store.labels["topic"][row])] == topic[example]
-        assert float(store.labels["weight"][row]) == float(weight[example, position])
+        torch.testing.assert_close(
+            store.labels["weight"][row], weight[example, position], rtol=0, atol=0, equal_nan=True
+        )
         for hook in (RESIDUAL, Z):
             assert torch.equal(store[hook][row], expected[hook][example, position])
     assert store.provenance["revision"] and store.verify().ok
+    labels = {"topic": topic, "weight": weight}
+    harvest(
+        bridge, tokens, [RESIDUAL, Z], tmp_path / "s", batch_size=3, shard_tokens=8, labels=labels
+    )  # finds no difference
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

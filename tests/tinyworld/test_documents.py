@@ -184,6 +184,15 @@ def test_pronouns_have_the_gender_of_their_name(seed: int) -> None:
 
 
 @settings(max_examples=30, deadline=None)
+@given(seed=SEEDS)
+def test_mentions_name_the_only_person_again(seed: int) -> None:
+    document = draw("mention", seed)
+    roles = by_role(document)
+    assert roles["again"] == roles["name"]
+    assert [word for word in document.words if word in FEMALE + MALE] == roles["name"] * 2
+
+
+@settings(max_examples=30, deadline=None)
 @given(seed=SEEDS, kind=st.sampled_from(["framed", "bare"]), length=st.integers(2, 40))
 def test_lists_repeat(seed: int, kind: str, length: int) -> None:
     document = draw("induction", seed, kind=kind, length=length)
@@ -227,6 +236,15 @@ def test_dialects_say_the_same_in_the_same_order(seed: int, dialect: str) -> Non
     assert not set(north.words) & set(south.words)
     assert {label.dialect for label in first.labels} == {dialect}
     assert [label.entity for label in first.labels] == [label.entity for label in second.labels]
+
+
+def test_translations_and_phrases_repeat_the_meaning_in_the_other_dialect() -> None:
+    for seed in range(30):
+        document = draw("dialect", seed, kind=("translation", "phrase")[seed % 2], dialect="south")
+        said = [document.words[answer] for answer in document.answers]
+        first = document.words[2 : document.words.index(";")]
+        assert document.words[0] == "south" and [dialects.say(word, "south") for word in said] == list(first)
+        assert bool(document.combinations) == (document.kind == "translation")
 
 
 def test_topic_paragraphs_keep_to_their_topic_and_dialect() -> None:

@@ -13,7 +13,7 @@ import torch
 from interp import tinyworld
 from interp.tinyworld.changes import changed
 from interp.tinyworld.encoding import BOS, PAD
-from interp.tinyworld.evaluation import correct, evaluate, fresh, greater_than, wilson
+from interp.tinyworld.evaluation import correct, evaluate, fresh, greater_than
 from interp.tinyworld.families.years import valid_ends
 
 MODELS = Path(__file__).resolve().parents[2] / "data" / "models"
@@ -64,12 +64,6 @@ def test_greater_than_reads_the_mass_of_later_years() -> None:
     uniform = greater_than(lambda ids: np.zeros((*ids.shape, len(tinyworld.VOCABULARY)), dtype=np.float32), n=20)
     total = uniform["probability_later"] + uniform["probability_not_later"]
     assert total == pytest.approx(100 / len(tinyworld.VOCABULARY), abs=2e-4)
-
-
-def test_wilson_interval() -> None:
-    low, high = wilson(0.5, 100)
-    assert (low, high) == (pytest.approx(0.4038, abs=1e-3), pytest.approx(0.5962, abs=1e-3))
-    assert wilson(1.0, 10)[1] == 1.0 and wilson(1.0, 10)[0] == pytest.approx(0.7225, abs=1e-3)
 
 
 @pytest.fixture(scope="module", params=NAMES)
