@@ -119,6 +119,8 @@ def build(arch: str, layers: int) -> Any:
             )
         )
         model.config.activation_function = "gelu_new"  # what GPT-2 configurations say, and readers know
+        with torch.no_grad():
+            model.transformer.wpe.weight.copy_(sinusoids())
         return model
     return LlamaForCausalLM(
         LlamaConfig(
@@ -131,6 +133,14 @@ def build(arch: str, layers: int) -> Any:
             max_position_embeddings=CONTEXT,
         )
     )
+
+
+def sinusoids() -> torch.Tensor:
+    """What learned positions start from, so that heads find "one token back" early: with random vectors it takes twice
+    as many tokens until induction appears. As long as token embeddings; wavelengths up to twice the context."""
+    wavelengths = torch.logspace(0, math.log10(2 * CONTEXT / math.tau), D_MODEL // 2) * math.tau
+    angles = torch.arange(CONTEXT)[:, None] * math.tau / wavelengths
+    return 0.02 * math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
 def cached_bank(tokens: int, seed: int, work: Path) -> tinyworld.Bank:
