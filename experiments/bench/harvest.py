@@ -5,8 +5,8 @@
 For each model: tokens per second of `transformers` (logits of every batch, nothing kept), of a harvest whose hook is
 in the first quarter of the layers, and of one whose hook is the last layer's output. Harvesting includes hashing and
 writing. Runs alternate and the fastest of each counts. `share computed` is the part of a plain forward's
-multiplications that the harvest needs, so `harvest / plain` could reach its inverse. `memory` is the growth of the
-process (of the device's allocations on a GPU) while harvesting N and 4 N tokens.
+multiplications that the harvest needs, so `harvest / plain` could reach its inverse. Peak memory is that of the
+process (of tensors on a GPU), model included, while harvesting N and 4 N tokens.
 """
 
 from __future__ import annotations
@@ -47,12 +47,14 @@ def cases(device: str, quick: bool) -> list[Case]:
     found = []
     for name in ("tinyworld-gpt", "tinyworld-llama"):
         if (data_dir() / "models" / name).is_dir():
-            plain = AutoModelForCausalLM.from_pretrained(data_dir() / "models" / name).eval().to(torch.device(device))
+            plain: Any = AutoModelForCausalLM.from_pretrained(data_dir() / "models" / name)
+            plain.eval().to(device)
             bridge = interp.load_model(name, device=device)
             found.append(case(name, plain, bridge, examples=64 * n, pos=64, batch_size=64))
-    size = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000} if quick else {}
+    size: dict[str, Any] = {"n_layer": 4, "n_embd": 256, "n_head": 4, "vocab_size": 5000} if quick else {}
     torch.manual_seed(0)
-    plain = GPT2LMHeadModel(GPT2Config(**size)).eval().to(torch.device(device))  # pyright: ignore[reportArgumentType]
+    plain = GPT2LMHeadModel(GPT2Config(**size))
+    plain.eval().to(device)
     bridge = interp.load_model(plain, tokenizer=interp.tinyworld.tokenizer(), check=False)  # any will do
     shape = f"random GPT-2 ({plain.config.n_layer} layers, {plain.config.n_embd})"
     return [*found, case(shape, plain, bridge, examples=n, pos=128, batch_size=8)]
@@ -93,8 +95,8 @@ def measure(case: Case, repeats: int) -> list[dict[str, Any]]:
                 "target": f">= {TARGETS[where]}",
                 "share computed": round(share(case, layers[where]), 2),
                 "N": case.tokens.numel(),
-                "memory at N (MB)": round(once / 1e6, 1),
-                "memory at 4 N (MB)": round(many / 1e6, 1),
+                "peak memory at N (MB)": round(once / 1e6),
+                "peak memory at 4 N (MB)": round(many / 1e6),
             }
         )
     return rows
@@ -139,14 +141,12 @@ def synchronise(device: torch.device) -> None:
 
 
 def peak_memory(run: Callable[[], None], device: torch.device) -> float:
-    """Bytes above the level before, at the highest point while running."""
+    """Bytes held at the highest point while running, model included: by the process, or by tensors on a GPU."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-        before = torch.cuda.memory_allocated(device)
         run()
-        return torch.cuda.max_memory_allocated(device) - before
-    before = highest = resident()
-    done = threading.Event()
+        return torch.cuda.max_memory_allocated(device)
+    highest, done = resident(), threading.Event()
 
     def watch() -> None:
         nonlocal highest
@@ -160,7 +160,7 @@ def peak_memory(run: Callable[[], None], device: torch.device) -> float:
     finally:
         done.set()
         watcher.join()
-    return max(0, highest - before)
+    return highest
 
 
 def resident() -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from typing import Any
 
 from interp import tinyworld
@@ -59,9 +60,7 @@ def docstring(
     world = is_world(bridge)
     split = world_split("docstring", split, world=world)
     rng = generator("docstring", seed)
-    # a name that the descriptions may say too would stand in a prompt twice
-    names = [name for name in PARAMETERS if name not in LIST_WORDS]
-    names = require(bridge, "docstring", "parameter names", names, parameters)
+    names = require(bridge, "docstring", "parameter names", PARAMETERS, parameters)
     functions = require(bridge, "docstring", "function names", FUNCTIONS, 1)
     words = require(bridge, "docstring", "words", LIST_WORDS, 2)
 
@@ -77,6 +76,10 @@ def docstring(
         clean, corrupted = (
             render(random.Random(kind), row, documented, functions, words) for row in (order, exchanged)
         )
+        # the descriptions are random words, among them names of parameters: none of this prompt's own
+        said = re.findall(r"\w+", clean.text)
+        if any(said.count(name) != 1 + (i < documented) for i, name in enumerate(order)):
+            continue
         labels = {"parameters": tuple(order), "documented": documented}
         pairs.append(Pair(clean, corrupted, [f" {answer}"], [f" {foil}"], labels))
     return build(bridge, "docstring", seed, pairs)
