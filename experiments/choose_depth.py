@@ -3,9 +3,10 @@
     python experiments/choose_depth.py runs/gpt4 runs/gpt6 runs/gpt8 --write data/models/tinyworld-gpt/depths.json
 
 For each candidate: how well attribution patching (gradient times difference) approximates exact activation patching on
-indirect-object prompts, by site; over how many heads the task is spread; and which heads known from larger models have
-grown (induction, previous token, sinks). Attribution is known to fail in depth (Kramar et al. 2024, arXiv:2403.00745),
-so a depth where it begins to fail, while the model still does the task with few heads, has the most to show.
+indirect-object prompts, by site; over how many heads the task is spread; in which layer what is known at the repeated
+name has moved to the end; and which heads known from larger models have grown (induction, previous token, sinks).
+Attribution is known to fail in depth (Kramar et al. 2024, arXiv:2403.00745), so a depth where it begins to fail,
+while the model still does the task with few heads, has the most to show.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def compare(path: Path, n: int, seed: int) -> dict[str, Any]:
     bridge = interp.load_model(path)
     prompts = interp.prompts.ioi(bridge, n=n, seed=seed)
     metric = interp.metrics.logit_difference(prompts)
-    row: dict[str, Any] = {"layers": bridge.cfg.n_layers, "prompts": n}
+    row: dict[str, Any] = {"layers": bridge.cfg.n_layers, "prompts": n, **trained(path)}
     approximations = attribute(bridge, prompts, metric)
     for site in SITES:
         effects = interp.patching.activation_patch(bridge, prompts, metric, site=site)
@@ -64,8 +65,20 @@ def compare(path: Path, n: int, seed: int) -> dict[str, Any]:
         }
         if site == "z":
             row["heads"] = localisation(exact, effects, bridge.cfg.n_heads)
+    stream = interp.patching.activation_patch(bridge, prompts, metric, positions=["s2", "end"]).recovery()
+    for at, values in zip(("s2", "end"), stream.transpose("pos", "layer").values, strict=True):
+        row[f"recovery of the stream at {at}"] = [round(float(value), 2) for value in values]
     row["kinds of heads"] = kinds(bridge, seed)
     return row
+
+
+def trained(path: Path) -> dict[str, Any]:
+    """How long the candidate was trained and how far it came, from its metrics.json."""
+    metrics = json.loads((path / "metrics.json").read_text(encoding="utf-8"))
+    rows = [row for row in metrics["accuracy"] if row["kind"] == "all" and row["split"] == "heldout"]
+    held_out = {row["family"]: row["accuracy"] for row in rows}
+    two_hop = held_out.pop("two_hop")
+    return {"tokens": metrics["tokens"], "lowest accuracy": min(held_out.values()), "two-hop held out": two_hop}
 
 
 def attribute(bridge: Any, prompts: Any, metric: Any) -> dict[str, np.ndarray]:

@@ -155,20 +155,23 @@ def _depths(directory: Path) -> str:
         agreement = " | ".join(f"{row[site]['pearson']:.2f} / {row[site]['spearman']:.2f}" for site in sites)
         heads = row["heads"]
         largest = ", ".join(f"{head} {value:.2f}" for head, value in list(heads["largest recovery"].items())[:3])
+        moved = " ".join(f"{value:.2f}" for value in row["recovery of the stream at end"])
         kinds = row["kinds of heads"]
         grown = f"{len(kinds['induction'])} / {len(kinds['previous token'])} / {len(kinds['first token'])}"
         lines.append(
-            f"| {row['layers']} | {row['clean logit difference']:.1f} | {agreement} | "
-            f"{heads['effective number']} of {heads['of']} | {largest} | {grown} |"
+            f"| {row['layers']} | {row['tokens'] / 1e6:.0f} M | {row['lowest accuracy']:.3f} / {row['two-hop held out']:.3f} | "
+            f"{row['clean logit difference']:.1f} | {agreement} | "
+            f"{heads['effective number']} of {heads['of']} | {largest} | {moved} | {grown} |"
         )
     return f"""## Why this depth
 
-Candidates of several depths, the same data and seed, compared by `experiments/choose_depth.py` on {depths["candidates"][0]["prompts"]}
+Candidates of several depths, the same seed, compared by `experiments/choose_depth.py` on {depths["candidates"][0]["prompts"]}
 indirect-object prompts. Agreement is that of attribution patching (gradient times difference) with exact activation patching,
-Pearson / Spearman over cells (denoising; `z`: heads, all positions together).
+Pearson / Spearman over cells (denoising; `z`: heads, all positions together). "Known at the end" is the recovery from patching the
+residual stream of the last position before each layer.
 
-| layers | clean logit difference | resid_pre | attn_out | mlp_out | z | effective number of heads | largest recovery | induction / previous-token / first-token heads |
-|---|---|---|---|---|---|---|---|---|
+| layers | tokens | lowest accuracy / two-hop held out | clean logit difference | resid_pre | attn_out | mlp_out | z | effective number of heads | largest recovery | known at the end, by layer | induction / previous-token / first-token heads |
+|---|---|---|---|---|---|---|---|---|---|---|---|
 {chr(10).join(lines)}
 
 {depths["verdict"]}"""

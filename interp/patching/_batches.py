@@ -22,8 +22,10 @@ _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompu
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one forward: row i patches spot `spot[i]` and unit `unit[i]` of base row `row[i]`, on positions `start`
-    to `stop`."""
+    """Rows of one forward, which computes positions `start` to `stop`.
+
+    Row i patches spot `spot[i]` and unit `unit[i]` of the base run's row `row[i]`.
+    """
 
     spot: Tensor
     unit: Tensor
@@ -37,8 +39,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Split:
-    """Sizes of everything, from the model's geometry and the memory budget (half for stored runs, half for a
-    forward)."""
+    """Sizes of everything, from the model's geometry and the memory budget.
+
+    Half of the budget is for the runs that are kept, half for a forward.
+    """
 
     geometry: Any
     n_pos: int
@@ -64,8 +68,7 @@ class Split:
         return split
 
     def row_bytes(self, n_tokens: int, n_keys: int) -> int:
-        """Working memory of one row of a forward, estimated from above: activations of a block, pattern, cache,
-        logits."""
+        """Working memory of one row of a forward, estimated from above: a block, its pattern, the cache, logits."""
         g = self.geometry
         n_logits = self.n_pos if self.reader.read is None else 1
         block = n_tokens * (12 * g.d_model + 6 * g.d_mlp + 6 * g.n_heads * g.d_head + 4 * g.n_heads * n_keys)
@@ -90,8 +93,10 @@ class Split:
             raise ValueError(f"batch_size={self.batch_size} is below {least}: {why}")
 
     def chunks(self, n_rows: int, stored_width: int) -> list[Tensor]:
-        """Base rows that are run and kept together. `stored_width`: numbers per position kept besides stream, keys and
-        values."""
+        """Base rows that are run and kept together.
+
+        `stored_width` is how many numbers per position are kept besides the stream, keys and values.
+        """
         if self.reader.whole:
             return list(torch.arange(n_rows).split(self.reader.n_examples))
         g = self.geometry
@@ -101,8 +106,10 @@ class Split:
         return list(torch.arange(n_rows).split(min(rows, self.batch_size or rows)))
 
     def batches(self, starts: Tensor, rows: Tensor, layer: int, *, suffixes: bool) -> Iterator[Batch]:
-        """Batches that cover every cell and row of a chunk with `starts[spot, unit, row] < n_pos`, the first position
-        changed there."""
+        """Batches that cover every cell and row of a chunk in which anything is changed.
+
+        `starts[spot, unit, row]` is the first position changed there, and the number of positions where none is.
+        """
         live = starts < self.n_pos
         if self.reader.whole:
             cells = live.any(-1).nonzero()

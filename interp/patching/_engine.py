@@ -161,8 +161,10 @@ def _entry(site: Site, window: tuple[int, ...], base: Base, n_layers: int) -> in
 def _first_changed(
     plan: Plan, reader: Reader, rows: Tensor, changes: list[Bool[Tensor, "row pos all_units"]], last_block: bool
 ) -> Int[Tensor, "spot unit row"]:
-    """The first position that each cell changes in each row; the number of positions where it changes nothing that is
-    read."""
+    """The first position that each cell changes in each row, as far as the metric can see.
+
+    The number of positions where it changes nothing.
+    """
     changed = torch.stack(changes).any(0)
     n_pos = changed.shape[1]
     position = torch.arange(n_pos)
@@ -192,9 +194,9 @@ def _patched(
 
     def put(tensor: Tensor, layer: int) -> Tensor:
         old = canonical(plan.site, tensor)
-        patch = new[layer][row, span][
-            ..., : old.shape[-1]
-        ]  # a pattern has no sources after the last position that runs
+        patch = new[layer][row, span]
+        if plan.site == "pattern":  # sources end where the batch does, and begin late where attention has a window
+            patch = patch[..., batch.stop - old.shape[-1] : batch.stop]
         return original(plan.site, torch.where(mask, patch, old))
 
     resid = base.resid[enter][row, span]
@@ -220,8 +222,7 @@ def _count(tally: dict[str, int], batch: Batch, starts: Tensor, blocks: int) -> 
 
 
 def _cost(tally: dict[str, int], shape: tuple[int, ...], n_examples: int, per_row: int) -> dict[str, Any]:
-    """The tally in forwards of all examples. Two come on top: of the run that is patched, and of where the patches come
-    from."""
+    """The tally in forwards of all examples, to which come the run that is patched and the one patches come from."""
     forward, runs = n_examples * per_row, 2 * shape[-1] / n_examples
     cells = math.prod(shape) // n_examples
     return {

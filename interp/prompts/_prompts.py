@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.prompts import _show
-from interp.prompts._tokens import token_strings, uses_bos
+from interp.prompts import _checks, _show
+from interp.prompts._tokens import token_strings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -74,7 +74,7 @@ class Prompts:
 
     def __post_init__(self) -> None:
         for key in ("clean", "corrupted"):
-            _set(self, key, _ids(getattr(self, key), key, ndim=2))
+            _set(self, key, _checks.token_ids(getattr(self, key), key, ndim=2))
         if self.clean.shape != self.corrupted.shape:
             raise ValueError(
                 f"clean has shape {tuple(self.clean.shape)} and corrupted {tuple(self.corrupted.shape)}; patching "
@@ -85,7 +85,7 @@ class Prompts:
         if length == 0:
             raise ValueError("clean has rows of 0 tokens")
         for key in ("answers", "foils"):
-            value = _ids(getattr(self, key), key, ndim=1)
+            value = _checks.token_ids(getattr(self, key), key, ndim=1)
             if len(value) != n:
                 raise ValueError(
                     f"{key} has {len(value)} entries but there are {n} examples; one token id per example is expected"
@@ -96,10 +96,10 @@ class Prompts:
                 f"rows {same[:8]}: answer and foil are the same token ({int(self.answers[same[0]])} in row {same[0]}), "
                 "so their logit difference is 0 whatever the model does"
             )
-        _set(self, "positions", _positions(self.positions, n, length))
-        _set(self, "labels", _labels(self.labels, n))
+        _set(self, "positions", _checks.named_positions(self.positions, n, length))
+        _set(self, "labels", _checks.plain_labels(self.labels, n))
         for key in ("answer_sets", "foil_sets"):
-            _set(self, key, _token_sets(getattr(self, key), key, n))
+            _set(self, key, _checks.token_sets(getattr(self, key), key, n))
         _set(self, "strings", {int(token): str(text) for token, text in self.strings.items()})
 
     def __len__(self) -> int:
@@ -165,8 +165,8 @@ class Prompts:
             )
         if tokenizer is not None:
             for key in ("clean", "corrupted"):
-                _check_bos(getattr(self, key), key, bridge)
-                _check_padding(getattr(self, key), key, bridge)
+                _checks.check_bos(getattr(self, key), key, bridge)
+                _checks.check_padding(getattr(self, key), key, bridge)
         return self
 
     def tokens_str(self, which: str = "clean") -> list[list[str]]:
@@ -306,127 +306,3 @@ def concatenate(*sets: Prompts) -> Prompts:
 
 def _set(prompts: Prompts, key: str, value: Any) -> None:
     object.__setattr__(prompts, key, value)  # the dataclass is frozen for its users, not for its own checks
-
-
-def _ids(value: Any, key: str, ndim: int) -> Tensor:
-    shape = "[example, pos]" if ndim == 2 else "[example]"
-    if not isinstance(value, Tensor):
-        raise ValueError(
-            f"{key} is a {type(value).__name__}; expected a tensor of token ids {shape}. Strings go to "
-            "prompts.from_text"
-        )
-    if value.ndim != ndim:
-        raise ValueError(f"{key} has shape {tuple(value.shape)}; expected {shape}")
-    if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-        raise ValueError(f"{key} has dtype {value.dtype}; token ids are integers (torch.long)")
-    value = value.detach().cpu().long().contiguous()
-    if value.numel() and int(value.min()) < 0:
-        raise ValueError(
-            f"{key} holds {int(value.min())}; token ids start at 0 and there is no padding or ignore index"
-        )
-    return value
-
-
-def _positions(positions: Mapping[str, Any] | None, n: int, length: int) -> dict[str, Tensor]:
-    named = dict(positions or {})
-    named.setdefault("end", torch.full((n,), length - 1))
-    out = {}
-    for key, value in named.items():
-        if (
-            not isinstance(value, Tensor)
-            or value.ndim != 1
-            or len(value) != n
-            or value.is_floating_point()
-            or value.dtype == torch.bool
-        ):
-            what = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
-            raise ValueError(
-                f"positions[{key!r}] is {what}; expected one index per example, an integer tensor of shape ({n},)"
-            )
-        value = value.detach().cpu().long()
-        bad = ((value < 0) | (value >= length)).nonzero().flatten().tolist()
-        if bad:
-            raise ValueError(
-                f"positions[{key!r}] is {int(value[bad[0]])} in row {bad[0]}; expected 0 to {length - 1}, counted from "
-                "the first token"
-            )
-        out[str(key)] = value
-    return out
-
-
-def _labels(labels: Mapping[str, Sequence[Any]] | None, n: int) -> dict[str, tuple[Any, ...]]:
-    out = {}
-    for key, values in (labels or {}).items():
-        values = tuple(tuple(v) if isinstance(v, list) else v for v in values)
-        if len(values) != n:
-            raise ValueError(f"labels[{key!r}] has {len(values)} entries but there are {n} examples")
-        for row, value in enumerate(values):
-            for part in value if isinstance(value, tuple) else (value,):
-                if part is not None and not isinstance(part, (str, int, float, bool)):
-                    raise ValueError(
-                        f"labels[{key!r}][{row}] is a {type(part).__name__}; labels are plain strings, numbers, "
-                        "booleans or None, so that they can be saved"
-                    )
-        out[str(key)] = values
-    return out
-
-
-def _token_sets(sets: Sequence[Sequence[int]] | None, key: str, n: int) -> TokenSets | None:
-    if sets is None:
-        return None
-    if len(sets) != n:
-        raise ValueError(f"{key} has {len(sets)} entries but there are {n} examples")
-    out = tuple(tuple(int(token) for token in ids) for ids in sets)
-    if bad := [row for row, ids in enumerate(out) if not ids or min(ids) < 0]:
-        raise ValueError(f"{key}: rows {bad[:8]} are empty or hold a negative id")
-    return out
-
-
-def _check_bos(ids: Tensor, key: str, bridge: Any) -> None:
-    bos = bridge.tokenizer.bos_token_id
-    if bos is None:
-        return
-    later = (ids[:, 1:] == bos).any(1).nonzero().flatten().tolist()
-    if uses_bos(bridge):
-        missing = (ids[:, 0] != bos).nonzero().flatten().tolist()
-        # rows padded on the left do not start with BOS either, and there the padding is what is wrong
-        missing = [row for row in missing if int(ids[row, 0]) != bridge.tokenizer.pad_token_id]
-        if missing:
-            raise ValueError(
-                f"{key}: rows {missing[:8]} do not start with BOS (token {bos}, {bridge.tokenizer.bos_token!r}), which "
-                "this model expects; prepend it, or set bridge.cfg.default_prepend_bos = False if the model is to run "
-                "without"
-            )
-    if later and bos != bridge.tokenizer.pad_token_id:
-        raise ValueError(
-            f"{key}: rows {later[:8]} hold BOS (token {bos}) again after the first position; it belongs there exactly "
-            "once"
-        )
-
-
-def _check_padding(ids: Tensor, key: str, bridge: Any) -> None:
-    tokenizer = bridge.tokenizer
-    pad = tokenizer.pad_token_id
-    if pad is None:
-        return
-    is_pad = ids == pad
-    if pad == tokenizer.bos_token_id:
-        # one leading BOS is right; any more is a doubled BOS or padding
-        is_pad = is_pad[:, 1:] if uses_bos(bridge) else is_pad
-    elif pad == tokenizer.eos_token_id:
-        # an end-of-text inside a row separates documents; only at the edges is it padding
-        is_pad = is_pad[:, [0, -1]]
-    rows = is_pad.any(1).nonzero().flatten().tolist()
-    if rows and pad == tokenizer.bos_token_id:
-        raise ValueError(
-            f"{key}: rows {rows[:8]} hold token {pad} ({tokenizer.pad_token!r}), which is both BOS and padding, "
-            "outside the first position; BOS belongs there exactly once, and rows of different length go to "
-            "prompts.groups_from_text"
-        )
-    if rows:
-        side = "left" if int(ids[rows[0], 0]) == pad else "right" if int(ids[rows[0], -1]) == pad else "inside"
-        raise ValueError(
-            f"{key}: rows {rows[:8]} hold the padding token {pad} ({tokenizer.pad_token!r}; row {rows[0]}: {side}); "
-            "positions would no longer mean the same place in every row. Group prompts by length instead "
-            "(prompts.groups_from_text)"
-        )

@@ -326,6 +326,23 @@ def test_refusals_of_models_metrics_and_prompts() -> None:
         activation_patch(training, p, metric)
 
 
+@pytest.mark.parametrize("site", ["resid_pre", "v", "pattern"])
+def test_windowed_attention_is_exact(site: Any) -> None:
+    """Prompts longer than the window: suffixes see a part of their prefix only."""
+    bridge, p = tiny_bridge("gemma2", sliding_window=4), prompts(pos=10)
+    metric = metrics.logit_difference(p)
+    source = activations(bridge, p.clean, site)
+    effects = activation_patch(bridge, p, metric, site=site, axes=("layer", "pos"))
+    with torch.no_grad():
+        baseline = metric(bridge(p.corrupted))
+    for layer in range(N_LAYERS):
+        for position in (5, 7, 9):
+            logits = patched(bridge, p.corrupted, site, [layer], source, torch.full((N,), position))
+            got = torch.tensor(effects.values.sel(layer=layer, pos=position).values)
+            assert torch.allclose(got, metric(logits) - baseline, atol=TOLERANCE)
+    assert float(abs(effects.values).max()) > 0.01
+
+
 def test_families_that_delegate_attention_are_exact_too() -> None:
     p = prompts()
     metric = metrics.logit_difference(p)
