@@ -57,7 +57,7 @@ def test_bfloat16_finds_the_same_cells(device: str, family: str, tmp_path: Path)
     # bfloat16 keeps 8 bits: each of some ten roundings on the way to a logit loses up to 0.4 % of the largest effect
     assert abs(exact - found.mean()).max() < 0.1 * abs(exact).max()
     store = harvest(
-        bridge, prompts.clean, "blocks.0.hook_resid_post", tmp_path / "store", batch_size=2, dtype="bfloat16"
+        bridge, prompts.clean, "blocks.0.hook_resid_post", tmp_path / "store", batch_size=2, dtype=torch.bfloat16
     )
     assert store["blocks.0.hook_resid_post"][:].dtype == torch.bfloat16
     assert store.verify().ok

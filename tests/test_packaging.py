@@ -100,7 +100,7 @@ def test_the_wheel_has_the_code_the_models_and_the_studies(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("interp/**/*.py", "interp/**/*.css")
+        for pattern in ("interp/**/*.py", "interp/**/*.css", "interp/**/*.html")
         for path in ROOT.glob(pattern)
     }
     models = {

@@ -110,6 +110,9 @@ class Writer:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="interp-harvest")
         self._pending: Future[None] | None = None
         self.written = 0
+        self.spare: list[
+            dict[str, Tensor]
+        ] = []  # of shards on disk, to be filled again: memory would fragment otherwise
 
     def __enter__(self) -> Writer:
         return self
@@ -159,6 +162,7 @@ class Writer:
         }
         write_json(self.path / PARTIAL / f"{shard.index:012d}.json", record)  # the shard counts from here on
         self.written += 1
+        self.spare.append(shard.activations)
 
     def _write_file(self, kind: str, shard: Shard, tensors: dict[str, Tensor]) -> dict[str, Any]:
         return write_atomic(self.path / SHARDS / shard_name(kind, shard.start, shard.stop), serialise(tensors))

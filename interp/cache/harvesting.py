@@ -180,13 +180,16 @@ def _run(
     current: Shard | None = None
     row = 0
 
+    def allocate() -> dict[str, Tensor]:
+        room = size if stream.n_rows is None else min(size, stream.n_rows)
+        return {name: torch.empty((room, *shape), dtype=dtype) for name, shape in shapes.items()}
+
     def shard_at(index: int) -> Shard:
         nonlocal current
         if current is None or current.index != index:
             current = Shard(index, index * size, done.get(index))
             if current.record is None:
-                room = size if stream.n_rows is None else min(size, stream.n_rows - index * size)
-                current.activations = {name: torch.empty((room, *shape), dtype=dtype) for name, shape in shapes.items()}
+                current.activations = writer.spare.pop() if writer.spare else allocate()
         return current
 
     def close(shard: Shard) -> None:

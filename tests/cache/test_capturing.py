@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, N_HEADS, fresh_bridge, tiny_bridge, tiny_tokens
+from tests.helpers import FAMILIES, N_HEADS, fresh_bridge, tiny_bridge, tiny_tokens
 from torch import Tensor
 
 from interp.cache import capture

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
+from tests.helpers import FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file

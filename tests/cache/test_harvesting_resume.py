@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import fresh_bridge, tiny_bridge, tiny_tokens
+from tests.helpers import fresh_bridge, tiny_bridge, tiny_tokens
 
 from interp.cache import ActivationStore, StoreError, harvest
 from interp.cache import _manifest as manifest_module
@@ -25,7 +25,7 @@ PREAMBLE = f"""
 import os, sys, time
 sys.path.insert(0, {str(ROOT / "tests")!r})
 import torch
-from helpers import tiny_bridge, tiny_tokens
+from tests.helpers import tiny_bridge, tiny_tokens
 torch.set_num_threads(1)
 import interp.cache._manifest as manifest
 from interp.cache import harvest

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import tiny_bridge, tiny_tokens
+from tests.helpers import tiny_bridge, tiny_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

@@ -140,7 +140,7 @@ def test_world_prompts_fit_the_context_of_the_embedded_models(world: Any) -> Non
 
 
 def test_one_at_a_time_gives_what_the_batch_gives() -> None:
-    from helpers import tiny_bridge
+    from tests.helpers import tiny_bridge
 
     bridge = tiny_bridge("llama")
     p = prompts.induction(bridge, 6, length=8)
@@ -152,7 +152,7 @@ def test_one_at_a_time_gives_what_the_batch_gives() -> None:
 
 
 def test_real_bridges_say_what_prompts_read_of_them() -> None:
-    from helpers import FAMILIES, tiny_bridge
+    from tests.helpers import FAMILIES, tiny_bridge
 
     begins = {}
     for family in FAMILIES:
