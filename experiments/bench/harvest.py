@@ -16,9 +16,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
@@ -29,8 +28,7 @@ from interp.models import data_dir, geometry
 TARGETS = {"first quarter": 1.2, "last layer": 0.7}
 
 
-@dataclass(frozen=True)
-class Case:
+class Case(NamedTuple):
     name: str
     plain: Any  # the transformers model
     bridge: Any

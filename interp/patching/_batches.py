@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 # Seconds: fixed cost of a block in one forward, of a token in a block, of reading a parameter once in a forward, and of
 # a parameter on a token. Only their ratios matter, and only to speed. Measured on one CPU core on models of 128 and 768
 # dimensions (within 10 % from 1 to 500 tokens); the accelerator's are orders of magnitude.
-_SECONDS = {"cpu": (6e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
+_SECONDS = {"cpu": (4e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
 _CPU_TOKENS = 1024  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
 _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompute a few positions
 

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import FAMILIES, N_HEADS, fresh_bridge, tiny_bridge, tiny_tokens
 from torch import Tensor
 
 from interp.cache import capture
 from interp.hooks import interventions, names
+from tests.helpers import FAMILIES, N_HEADS, fresh_bridge, tiny_bridge, tiny_tokens
 
 HOOKS = [
     "hook_embed",

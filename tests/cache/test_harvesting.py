@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from interp.cache import ActivationStore, StoreError, capture, estimate, harvest
 from interp.cache._assembly import Shard, fill
+from tests.helpers import FAMILIES, fresh_bridge, tiny_bridge, tiny_tokens
 
 RESIDUAL, Z, MLP = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z", "blocks.0.mlp.hook_post"
 

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from tests.helpers import fresh_bridge, tiny_bridge, tiny_tokens
 
 from interp.cache import ActivationStore, StoreError, harvest
 from interp.cache import _manifest as manifest_module
+from tests.helpers import fresh_bridge, tiny_bridge, tiny_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ["blocks.0.mlp.hook_post", "blocks.1.hook_resid_post"]

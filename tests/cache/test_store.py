@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.helpers import tiny_bridge, tiny_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from interp.cache import ActivationStore, StoreError, harvest
+from tests.helpers import tiny_bridge, tiny_tokens
 
 ROOT = Path(__file__).resolve().parents[2]
 HOOKS = ["blocks.0.attn.hook_z", "blocks.1.hook_resid_post"]

@@ -35,7 +35,8 @@ def draw(figure: go.Figure, *, width: int | None = None, height: int | None = No
         NotImplementedError: If a trace, or something it asks for (a fill, a marker, an arrow), is of a kind that is not
             drawn; the message lists what is.
     """
-    unknown = sorted({trace.type for trace in figure.data} - set(SUPPORTED))
+    given: Any = figure.data  # plotly declares no types of traces
+    unknown = sorted({trace.type for trace in given} - set(SUPPORTED))
     if unknown:
         raise NotImplementedError(
             f"the matplotlib renderer cannot draw {', '.join(unknown)} traces, only {', '.join(SUPPORTED)}; "
@@ -43,6 +44,7 @@ def draw(figure: go.Figure, *, width: int | None = None, height: int | None = No
         )
     # A figure that was read from JSON (a notebook's outputs, for one) keeps its arrays in base64.
     figure = go.Figure(decoded(figure.to_dict()))
+    drawn: Any = figure.data
     layout: Any = figure.layout
     width, height = int(width or layout.width or 700), int(height or layout.height or 450)
     # 100 dots per inch: one layout pixel is one dot before scaling.
@@ -50,7 +52,7 @@ def draw(figure: go.Figure, *, width: int | None = None, height: int | None = No
     FigureCanvasAgg(canvas)
     page = Page(canvas, layout, width, height)
     traces_of: dict[tuple[str, str], list[Any]] = {}
-    for trace in figure.data:
+    for trace in drawn:
         if trace.visible in (None, True):
             traces_of.setdefault((trace.xaxis or "x", trace.yaxis or "y"), []).append(trace)
     for (x_name, y_name), traces in traces_of.items():
