@@ -37,11 +37,11 @@ class Case(NamedTuple):
 
 
 def main(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
-    return [row for case in cases(device, quick) for row in measure(case, repeats=2 if quick else 5)]
+    return [row for case in cases(device, quick) for row in measure(case, repeats=2 if quick else 3)]
 
 
 def cases(device: str, quick: bool) -> list[Case]:
-    n = (1 if quick else 4) * (8 if device == "cpu" else 64)
+    n = (1 if quick else 2) * (8 if device == "cpu" else 64)
     found = []
     for name in ("tinyworld-gpt", "tinyworld-llama"):
         if (data_dir() / "models" / name).is_dir():
