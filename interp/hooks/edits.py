@@ -2,7 +2,7 @@
 
 Hooks on a bridge must return a new tensor: an edit in place is lost at some hook points and not at others, so it is
 refused. `hook_resid_mid` of TransformerLens sits on the MLP branch alone; here it means the residual stream, for all
-three uses.
+three uses (only `taps` refuses it).
 """
 
 from __future__ import annotations
@@ -70,6 +70,42 @@ def gradients(bridge: Any, selector: str | Sequence[str] | Callable[[str], bool]
                 found[_name] = gradient.detach()
 
             attach(stack, bridge, where, keep, "bwd")
+        yield found
+
+
+@contextmanager
+def taps(bridge: Any, selector: str | Sequence[str] | Callable[[str], bool]) -> Iterator[dict[str, Tensor]]:
+    """A dictionary that every forward inside the context fills with the tensors that the model goes on with.
+
+    Values are unchanged, bit for bit. `torch.autograd.grad` of anything computed from them, with respect to any number
+    of them at once, is right at every hook: what `reads` gives is a side branch at `hook_q`, `hook_k`, `hook_v` and
+    `hook_z`. Contexts entered earlier act before the tap, so their part is not in the gradient; those entered later
+    act after it. Where no graph reaches a hook, with frozen parameters or behind a detached tensor, the tap starts one:
+    tap `blocks.0.hook_resid_pre` of a frozen model to differentiate the rest. Where the model computes past a hook
+    (patterns of delegated attention), `torch.autograd.grad` says that the tap was not used, or gives None with
+    `allow_unused`. Keys are the names asked for.
+
+    Raises:
+        KeyError: If a name is not a live hook of this model.
+        ValueError: For `hook_resid_mid`, whose gradient is that at `hook_attn_out`, and for a hook of token ids.
+    """
+    found = _Found("no forward inside the context reached")
+    names = resolve_many(bridge, selector)
+    for name in names:
+        if _is_resid_mid(name):
+            other = hook_name("attn_out", _resid_mid_layer(bridge, name))
+            raise ValueError(f"{name!r} is on the MLP's branch only; the gradient of the stream is that at {other!r}")
+    with ExitStack() as stack:
+        for name in names:
+
+            def keep(tensor: Tensor, *, hook: Any, _name: str = name) -> Tensor:
+                if not tensor.is_floating_point():
+                    raise ValueError(f"{_name!r} holds {tensor.dtype}, which has no gradient")
+                starts = torch.is_grad_enabled() and not tensor.requires_grad
+                found[_name] = tensor.detach().requires_grad_() if starts else tensor.view_as(tensor)
+                return found[_name]
+
+            attach(stack, bridge, name, keep, "fwd")
         yield found
 
 

@@ -44,6 +44,7 @@ class Plan:
         units: Heads or neurons patched one at a time; None patches all of them together.
         replacement: What goes in.
         noise: `rows -> [row, pos, d_model]`, added to the embeddings of these runs before anything is patched.
+        only: The cells to patch; None patches all of them. The others are not run and are NaN in the result.
     """
 
     tokens: Int[Tensor, "row pos"]
@@ -53,10 +54,21 @@ class Plan:
     units: Int[Tensor, "unit"] | None
     replacement: Replacement
     noise: Callable[[Tensor], Tensor] | None = None
+    only: Bool[Tensor, "window spot unit"] | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Windows, spots and units."""
+        return len(self.windows), len(self.spots), 1 if self.units is None else len(self.units)
+
+    @property
+    def patched(self) -> list[tuple[int, tuple[int, ...]]]:
+        """The windows in which any cell is patched, with their index."""
+        return [(w, window) for w, window in enumerate(self.windows) if self.only is None or bool(self.only[w].any())]
 
     @property
     def layers(self) -> list[int]:
-        return sorted({layer for window in self.windows for layer in window})
+        return sorted({layer for _, window in self.patched for layer in window})
 
 
 @dataclass(frozen=True)
@@ -83,24 +95,29 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
     """Patch every cell of the plan."""
     n_rows, n_pos = plan.tokens.shape
     n_layers = split.geometry.n_layers
-    shape = (len(plan.windows), len(plan.spots), 1 if plan.units is None else len(plan.units), n_rows)
-    values, baseline = torch.zeros(shape), torch.zeros(n_rows)
+    values, baseline = torch.zeros(*plan.shape, n_rows), torch.zeros(n_rows)
+    n_cells = math.prod(plan.shape)
+    if plan.only is not None:
+        values[~plan.only] = torch.nan
+        n_cells = int(plan.only.sum())
     tally: dict[str, int] = {"ran": 0, "least": 0, "rows": 0, "batches": 0, "largest": 0}
     chunks = split.chunks(n_rows, 2 * len(plan.layers) * width(plan.site, split.geometry, n_pos))
     inside = plan.site in ("mlp_out", "neuron", "resid_post")  # at or after the MLP of a block
     silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with tqdm(total=len(chunks) * len(plan.windows), disable=silent, desc=f"patching {plan.site}") as bar:
+    with tqdm(total=len(chunks) * len(plan.patched), disable=silent, desc=f"patching {plan.site}") as bar:
         for rows in chunks:
             base = _run_base(bridge, plan, rows, split)
             resume = Resume(bridge, reader, rows, base.resid[n_layers - 1], base.cache)
             baseline[rows] = resume.baseline
             new = plan.replacement(rows, base.site)
             changes = {layer: (new[layer] != base.site[layer]).any(-1).cpu() for layer in plan.layers}
-            for w, window in enumerate(plan.windows):
+            for w, window in plan.patched:
                 enter = _entry(plan.site, window, base, n_layers)
                 starts = _first_changed(
                     plan, reader, rows, [changes[layer] for layer in window], n_layers - 1 == window[0]
                 )
+                if plan.only is not None:
+                    starts[~plan.only[w]] = n_pos  # as where a patch changes nothing: not run
                 for batch in split.batches(starts, rows, enter, suffixes=base.cache is not None):
                     resid, edits = _patched(plan, rows, window, enter, base, new, batch)
                     with hooks.interventions(bridge, edits):
@@ -108,7 +125,7 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
                     values[w, batch.spot, batch.unit, rows[batch.row]] = scores - resume.baseline[batch.row]
                     _count(tally, batch, starts, n_layers - enter)
                 bar.update()
-    return Swept(values, baseline, _cost(tally, shape, reader.n_examples, n_pos * n_layers))
+    return Swept(values, baseline, _cost(tally, n_cells, n_rows, reader.n_examples, n_pos * n_layers))
 
 
 def _run_base(bridge: Any, plan: Plan, rows: Tensor, split: Split) -> Base:
@@ -149,7 +166,7 @@ def _may_add(plan: Plan, split: Split) -> list[int]:
     sites = ("attn_out", "mlp_out") if split.geometry.parallel else ("mlp_out",)
     if plan.site not in sites or split.item < 4:
         return []
-    return [layer for (layer, *others) in plan.windows if not others and layer + 1 < split.geometry.n_layers]
+    return [layer for _, (layer, *others) in plan.patched if not others and layer + 1 < split.geometry.n_layers]
 
 
 def _entry(site: Site, window: tuple[int, ...], base: Base, n_layers: int) -> int:
@@ -221,16 +238,16 @@ def _count(tally: dict[str, int], batch: Batch, starts: Tensor, blocks: int) -> 
     tally["largest"] = max(tally["largest"], len(batch))
 
 
-def _cost(tally: dict[str, int], shape: tuple[int, ...], n_examples: int, per_row: int) -> dict[str, Any]:
+def _cost(tally: dict[str, int], n_cells: int, n_rows: int, n_examples: int, per_row: int) -> dict[str, Any]:
     """The tally in forwards of all examples, to which come the run that is patched and the one patches come from."""
-    forward, runs = n_examples * per_row, 2 * shape[-1] / n_examples
-    cells = math.prod(shape) // n_examples
+    forward, runs = n_examples * per_row, 2 * n_rows / n_examples
+    cells = n_cells * n_rows // n_examples
     return {
         "cells": cells,
         "forwards_one_per_cell": cells + runs,
         "forward_equivalents": round(tally["ran"] / forward + runs, 3),
         "forward_equivalents_minimum": round(tally["least"] / forward + runs, 3),
-        "rows": math.prod(shape),
+        "rows": n_cells * n_rows,
         "rows_run": tally["rows"],
         "batches": tally["batches"],
         "largest_batch": tally["largest"],

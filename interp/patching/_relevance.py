@@ -13,6 +13,7 @@ from torch import Tensor
 
 from interp import hooks
 from interp.patching._parts import components
+from interp.types import Site
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Relevance:
         metric: What was propagated.
     """
 
-    points: list[tuple[str, int]]
+    points: list[tuple[Site, int]]
     stream: Float[Tensor, "point example"]
     bias: Float[Tensor, "point example"]
     size: Float[Tensor, "point example"]
@@ -40,42 +41,47 @@ def relevance(
     """One forward and one backward under the rules that `install` adds to the stack."""
     points = _points(bridge)
     linear, norms = _biases(bridge)
-    names = {point: hooks.hook_name(point[0], point[1]) for point in points}  # type: ignore[arg-type]
-    values: dict[str, Tensor] = {}
-    nodes: dict[str, Tensor] = {}  # what the model goes on with, which autograd can differentiate with respect to
+    # what is added to attn_out is added to the stream after it, so that their gradients are one
+    where = {point: hooks.hook_name("attn_out" if point[0] == "resid_mid" else point[0], point[1]) for point in points}
+    mids = [hooks.hook_name(*point) for point in points if point[0] == "resid_mid"]
     with hooks.no_retained_graph(bridge), ExitStack() as stack:
         # what a rule reads or scales is tapped before the rule, so that its coefficient is that of the node itself;
         # what a rule returns is tapped after
-        for name in linear:
-            _tap(stack, bridge, name, values, nodes)
+        before = stack.enter_context(hooks.taps(bridge, list(linear)))
         install(stack)
-        for name in [*names.values(), *norms]:
-            _tap(stack, bridge, name, values, nodes)
+        after = stack.enter_context(hooks.taps(bridge, [*where.values(), *norms]))
+        streams = stack.enter_context(hooks.reads(bridge, mids))
         with torch.enable_grad():
             scores = metric(bridge(tokens, use_cache=False))
+            nodes = {**before, **after}
             grads = torch.autograd.grad(scores.sum(), list(nodes.values()), allow_unused=True)
     zero = torch.zeros(len(tokens), dtype=torch.double, device=scores.device)
-    coefficient = {name: None if g is None else g.double() for name, g in zip(nodes, grads, strict=True)}
-    offset = {}
-    for name, bias in {**linear, **norms}.items():
-        g = coefficient[name]
-        offset[name] = zero if g is None else (g.flatten(2) * bias.double().flatten()).flatten(1).sum(1)
+    coefficient = {  # None where nothing flows back, as to queries and keys of frozen attention
+        name: torch.zeros_like(nodes[name]).double() if g is None else g.double()
+        for name, g in zip(nodes, grads, strict=True)
+    }
+    offset = {
+        name: (coefficient[name].flatten(2) * bias.double()).flatten(1).sum(1)
+        for name, bias in {**linear, **norms}.items()
+    }
     stream, above, size = [], [], []
-    for point, name in names.items():
-        product = values[name].double() * (0.0 if coefficient[name] is None else coefficient[name])
+    for point, name in where.items():
+        value = streams[hooks.hook_name(*point)] if point[0] == "resid_mid" else nodes[name]
+        product = value.detach().double() * coefficient[name]
         stream.append(product.flatten(1).sum(1))
         size.append(product.flatten(1).abs().sum(1))
-        here = _order(bridge, *point)
+        here = _order(*point)
         above.append(sum((term for at, term in offset.items() if _order_of(bridge, at) >= here), zero))
-    stacked = [torch.stack(rows).cpu() for rows in (stream, above, size)]
-    return Relevance(points, *stacked, scores.detach().double().cpu())
+    totals, biases, sizes = (torch.stack(rows).cpu() for rows in (stream, above, size))
+    return Relevance(points, totals, biases, sizes, scores.detach().double().cpu())
 
 
-def _points(bridge: Any) -> list[tuple[str, int]]:
+def _points(bridge: Any) -> list[tuple[Site, int]]:
     n_layers = int(bridge.cfg.n_layers)
     mid = bool(hooks.names(bridge, hooks.hook_name("resid_mid", 0)))
-    sites = ["resid_pre", "resid_mid"] if mid else ["resid_pre"]
-    return [(site, layer) for layer in range(n_layers) for site in sites] + [("resid_post", n_layers - 1)]
+    sites: tuple[Site, ...] = ("resid_pre", "resid_mid") if mid else ("resid_pre",)
+    last: tuple[Site, int] = ("resid_post", n_layers - 1)
+    return [*((site, layer) for layer in range(n_layers) for site in sites), last]
 
 
 def _biases(bridge: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -91,7 +97,7 @@ def _biases(bridge: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return linear, norms
 
 
-def _order(bridge: Any, site: str, layer: int) -> int:
+def _order(site: str, layer: int) -> int:
     """How far up a point of the stream is; a bias is above it if its own order is at least as high."""
     return 2 * layer + {"resid_pre": 0, "resid_mid": 1, "resid_post": 2}[site]
 
@@ -101,27 +107,3 @@ def _order_of(bridge: Any, name: str) -> int:
     assert layer is not None
     after_attention = ".mlp." in name or ".ln2" in name
     return 2 * layer + int(after_attention)
-
-
-def _tap(stack: ExitStack, bridge: Any, name: str, values: dict[str, Tensor], nodes: dict[str, Tensor]) -> None:
-    entered: list[Tensor] = []
-    first = name == hooks.hook_name("resid_pre", 0)
-
-    def keep(tensor: Tensor, *, hook: Any) -> Tensor:
-        # the graph starts at the stream that enters the first block, so that no parameter needs a gradient
-        node = tensor.detach().requires_grad_() if first else tensor.view_as(tensor)
-        values[name] = tensor.detach() if not entered else (entered.pop() + tensor).detach()
-        nodes[name] = node
-        return node
-
-    def enter(tensor: Tensor, *, hook: Any) -> None:
-        entered[:] = [tensor]
-
-    if name.endswith("hook_resid_mid"):  # what is added to attn_out is added to the stream: their gradients are one
-        layer = hooks.layer_of(bridge, name)
-        assert layer is not None
-        hooks.attach(stack, bridge, hooks.hook_name("resid_pre", layer), enter, "fwd")
-        name_of_write = hooks.hook_name("attn_out", layer)
-        hooks.attach(stack, bridge, name_of_write, keep, "fwd")
-    else:
-        hooks.attach(stack, bridge, name, keep, "fwd")

@@ -50,6 +50,10 @@ class Reader:
     def score(self, logits: Tensor, rows: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
         """One number per row, on the CPU. `logits` are [batch, d_vocab] where `read` is set, else [batch, pos,
         d_vocab]."""
+        return self.differentiable(logits, rows).detach().float().cpu()
+
+    def differentiable(self, logits: Tensor, rows: Int[Tensor, "batch"]) -> Float[Tensor, "batch"]:
+        """As `score`, with the graph, on the device and in the metric's own dtype."""
         if self.whole:
             parts = [self.metric(part) for part in logits.split(self.n_examples)]
             expected: tuple[int, ...] = (self.n_examples,)
@@ -64,7 +68,7 @@ class Reader:
                     f"the metric returned {got} for logits of {expected[0]} examples; it must give one number per "
                     f"example, shape {expected}: means are taken later"
                 )
-        return torch.cat(parts).detach().float().cpu()
+        return torch.cat(parts)
 
 
 class Resume:

@@ -45,6 +45,11 @@ class Effects(Result):
     metric: str
 
     @property
+    def method(self) -> str:
+        """`"activation_patch"` for exact effects, else how they were estimated, such as `"gradient"` or `"relp"`."""
+        return str(self.provenance.get("method", "activation_patch"))
+
+    @property
     def baseline(self) -> xr.DataArray:
         """The metric of the run that was patched, by example."""
         return self.corrupted if self.direction == "denoise" else self.clean
@@ -121,7 +126,8 @@ class Effects(Result):
 
         found = self.interval(of=of)
         values = found["estimate"]
-        title = f"{of.capitalize()} of patching {self.site} ({self.direction}, {self.value})"
+        what = f"{of.capitalize()} of patching" if "rules" not in self.provenance else f"{self.method} {of} of"
+        title = f"{what} {self.site} ({self.direction}, {self.value})"
         unit = f"{self.metric}, {values.attrs['unit']}" if of == "effect" else "recovery"
         hover = {"low": found["low"], "high": found["high"]}
         if self.cells == ("layer",):
@@ -136,6 +142,25 @@ class Effects(Result):
             f"these effects have the axes {self.cells}; plot a slice of two, for instance "
             f"dataclasses.replace(effects, values=effects.values.isel({self.cells[-1]}=0, drop=True)).plot()"
         )
+
+    def __repr__(self) -> str:
+        """The whole protocol: what was patched or estimated how, on what, and how it was measured."""
+        p, sizes = self.provenance, " x ".join(f"{name} {size}" for name, size in self.values.sizes.items())
+        rules = {name: rule for name, rule in p.get("rules", {}).items() if rule not in ("gradient", [1.0, 1.0, 1.0])}
+        parts = [
+            self.method + (f" ({', '.join(f'{name}={rule}' for name, rule in rules.items())})" if rules else ""),
+            f"{self.direction}, {self.value}",
+            f"site {self.site}",
+            f"metric {self.metric} in {self.values.attrs.get('unit', '?')}",
+        ]
+        if p.get("points"):
+            parts.append(f"{p['steps']} {p['points']} points")
+        if positions := p.get("positions"):
+            named = ", ".join(positions) if len(positions) <= 6 else f"{len(positions)} of them"
+            parts.append(f"positions {named}{'' if 'pos' in self.cells else ' together'}")
+        if prompts := p.get("prompts"):
+            parts.append(f"{prompts['n']} prompts of {prompts['name'] or 'no name'}")
+        return f"Effects({sizes}; {'; '.join([*parts, str(p.get('model', 'unknown model'))])})"
 
     def _patched_and_gap(self) -> tuple[xr.DataArray, xr.DataArray]:
         return self.values + (self.baseline - self.corrupted), self.clean - self.corrupted

@@ -9,6 +9,7 @@ from interp.plotting.attention import MAX_PATTERN, AttentionView, attention_view
 from interp.plotting.browser import find_browser
 from interp.plotting.export import PNG, SavedPNG, png_bytes, save_html, save_png
 from interp.plotting.heatmaps import heatmap, heatmaps, layer_head, layer_position
+from interp.plotting.scatter import scatter
 from interp.plotting.series import bars, lines
 from interp.plotting.strips import strip
 from interp.plotting.style import MAX_CELLS, MAX_POINTS, ROLE_COLOURS, token_labels, visible_token
@@ -32,6 +33,7 @@ __all__ = [
     "png_bytes",
     "save_html",
     "save_png",
+    "scatter",
     "strip",
     "token_labels",
     "visible_token",

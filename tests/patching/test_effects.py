@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -98,3 +100,17 @@ def test_figures_show_the_mean_over_examples() -> None:
     cube = found.values.expand_dims(head=[0, 1])
     with pytest.raises(ValueError, match="plot a slice of two"):
         Effects(cube, {}, found.clean, found.corrupted, "denoise", "z", "swap", "m").plot()
+
+
+def test_the_printed_result_tells_the_protocol() -> None:
+    record = {
+        "method": "relp", "rules": {"norm": "LN", "activation": "Identity", "gate": "Half", "attention": "gradient"},
+        "steps": 5, "points": "midpoint", "positions": ["s2", "end"], "prompts": {"n": 3, "name": "ioi"}, "model": "m",
+    }  # fmt: skip
+    found = dataclasses.replace(effects("noise", [CLEAN, CORRUPTED]), provenance=record)
+    assert repr(found) == (
+        "Effects(layer 2 x pos 1 x example 3; relp (norm=LN, activation=Identity, gate=Half); noise, swap; site z; "
+        "metric logit_difference in logits; 5 midpoint points; positions s2, end; 3 prompts of ioi; m)"
+    )
+    assert found.plot().layout.title.text == "relp effect of z (noise, swap)"
+    assert "activation_patch; denoise, swap" in repr(effects("denoise", [CLEAN, CORRUPTED]))

@@ -71,5 +71,8 @@ def figures(effects: xr.DataArray, table: pd.DataFrame) -> dict[str, go.Figure]:
         "strip": plotting.strip(
             {"clean": [1.0, 2.0, 3.0], "corrupted": [0.0, np.nan]}, interval=[[1, 3], [-1, 1]], **words
         ),
+        "scatter": plotting.scatter(
+            effects.to_dataframe(name="effect").reset_index(), x="layer", y="effect", colour="pos", title="A title"
+        ),
         "attention": attention.figure(),
     }

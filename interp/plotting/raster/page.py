@@ -80,6 +80,8 @@ class Page:
         bottom = y - length if bar.yanchor == "top" else y - length / 2
         left, width = x + either(bar.xpad, 10) / self.width, either(bar.thickness, 30) / self.width
         made = self.canvas.colorbar(mappable, cax=self.canvas.add_axes((left, bottom, width, length)))
+        if bar.tickvals is not None:
+            made.set_ticks([float(value) for value in bar.tickvals])
         made.ax.tick_params(length=3 * POINT, width=0.6, colors=self.ink)
         for label in made.ax.get_yticklabels():
             label.set(**self.font())

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 
 from interp.plotting.raster.convert import DASHES, POINT, colour, edges, either, first, is_many, plain
@@ -33,12 +34,11 @@ def heatmap(panel: Panel, trace: Any) -> None:
     y = panel.y.numbers(range(values.shape[0]) if trace.y is None else trace.y)
     owner = panel.page.layout[trace.coloraxis] if trace.coloraxis else trace
     low, high = (owner.cmin, owner.cmax) if trace.coloraxis else (trace.zmin, trace.zmax)
-    stops = [(float(at), colour(name)) for at, name in owner.colorscale or ((0, "#440154"), (1, "#fde725"))]
     mesh = panel.ax.pcolormesh(
         edges(x),
         edges(y),
         values,
-        cmap=LinearSegmentedColormap.from_list("plotly", stops),
+        cmap=_colour_map(owner.colorscale),
         norm=Normalize(either(low, values.min()), either(high, values.max())),
         antialiased=False,
         linewidth=0,
@@ -103,6 +103,11 @@ def _require(condition: bool, what: str, known: str) -> None:
         raise NotImplementedError(f"the matplotlib renderer does not draw {what}; it draws {known}")
 
 
+def _colour_map(scale: Any) -> LinearSegmentedColormap:
+    stops = [(float(at), colour(name)) for at, name in scale or ((0, "#440154"), (1, "#fde725"))]
+    return LinearSegmentedColormap.from_list("plotly", stops)
+
+
 def _fill(panel: Panel, x: np.ndarray, y: np.ndarray, fill: Any) -> Any:
     """One polygon per stretch between NaNs."""
     handle, gap = None, np.isnan(x) | np.isnan(y)
@@ -116,18 +121,25 @@ def _fill(panel: Panel, x: np.ndarray, y: np.ndarray, fill: Any) -> Any:
 def _markers(panel: Panel, marker: Any, x: np.ndarray, y: np.ndarray, ink: Any, opacity: float | int) -> Any:
     symbol = either(marker.symbol, "circle")
     _require(symbol in _MARKERS, f"the marker {symbol!r}", ", ".join(_MARKERS))
+    shared: dict[str, Any] = {
+        "s": (np.asarray(either(marker.size, 6), dtype=float) * POINT) ** 2,
+        "marker": _MARKERS[symbol],
+        "linewidths": either(first(marker.line.width), 0) * POINT,
+        "alpha": either(marker.opacity, 1.0) * opacity,
+        "zorder": 5,
+    }
+    if marker.coloraxis:  # numbers, coloured by the layout's scale
+        owner = panel.page.layout[marker.coloraxis]
+        numbers = np.asarray(marker.color, dtype=float)
+        norm = Normalize(either(owner.cmin, numbers.min()), either(owner.cmax, numbers.max()))
+        made = panel.ax.scatter(x, y, c=numbers, cmap=_colour_map(owner.colorscale), norm=norm, **shared)
+        # a mappable of its own: the bar would be as pale as the points
+        panel.page.scales.setdefault(marker.coloraxis, (ScalarMappable(norm, made.get_cmap()), owner.colorbar))
+        return made
+    _require(not is_many(marker.color) or all(isinstance(c, str) for c in marker.color),
+             "numbers as colours without a colour axis", "colours, or numbers with marker.coloraxis")  # fmt: skip
     face = [colour(c) for c in marker.color] if is_many(marker.color) else colour(marker.color) or ink
-    return panel.ax.scatter(
-        x,
-        y,
-        s=(np.asarray(either(marker.size, 6), dtype=float) * POINT) ** 2,
-        marker=_MARKERS[symbol],
-        facecolors=face,
-        edgecolors=colour(first(marker.line.color)) or face,
-        linewidths=either(first(marker.line.width), 0) * POINT,
-        alpha=either(marker.opacity, 1.0) * opacity,
-        zorder=5,
-    )
+    return panel.ax.scatter(x, y, facecolors=face, edgecolors=colour(first(marker.line.color)) or face, **shared)
 
 
 def _error_bars(panel: Panel, trace: Any, x: np.ndarray, y: np.ndarray, ink: Any) -> None:
