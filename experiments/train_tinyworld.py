@@ -16,9 +16,10 @@ import argparse
 import json
 import math
 import time
-from collections.abc import Iterable
+import zlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,17 @@ from interp.tinyworld.evaluation import correct, evaluate, greater_than
 CONTEXT, BATCH = 128, 16
 D_MODEL, HEADS, KV_HEADS, D_MLP_LLAMA, D_MLP_GPT = 128, 8, 4, 352, 512
 WARMUP_STEPS, FINAL_LR_SHARE, SAVE_EVERY = 200, 0.02, 200
+
+
+class Size(NamedTuple):
+    """How wide a model is and how far it sees; its depth is another matter."""
+
+    d_model: int
+    heads: int
+    kv_heads: int
+    d_mlp_gpt: int
+    d_mlp_llama: int
+    context: int
 
 
 def main() -> None:
@@ -94,8 +106,9 @@ def make(arguments: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     }
 
 
-def build(arch: str, layers: int) -> Any:
-    """A model of the embedded size, with random weights from torch's present seed."""
+def build(arch: str, layers: int, size: Size | None = None) -> Any:
+    """A model of the embedded size, or of another, with random weights from torch's present seed."""
+    size = size or Size(D_MODEL, HEADS, KV_HEADS, D_MLP_GPT, D_MLP_LLAMA, CONTEXT)
     shared = {
         "vocab_size": len(tinyworld.VOCABULARY),
         "bos_token_id": tinyworld.IDS["<bos>"],
@@ -108,11 +121,11 @@ def build(arch: str, layers: int) -> Any:
             GPT2Config(
                 **shared,
                 activation_function="gelu_pytorch_tanh",  # one fused call for the formula of gelu_new
-                n_positions=CONTEXT,
-                n_embd=D_MODEL,
+                n_positions=size.context,
+                n_embd=size.d_model,
                 n_layer=layers,
-                n_head=HEADS,
-                n_inner=D_MLP_GPT,
+                n_head=size.heads,
+                n_inner=size.d_mlp_gpt,
                 resid_pdrop=0.0,
                 embd_pdrop=0.0,
                 attn_pdrop=0.0,
@@ -120,47 +133,51 @@ def build(arch: str, layers: int) -> Any:
         )
         model.config.activation_function = "gelu_new"  # what GPT-2 configurations say, and readers know
         with torch.no_grad():
-            model.transformer.wpe.weight.copy_(sinusoids())
+            model.transformer.wpe.weight.copy_(sinusoids(size.d_model, size.context))
         return model
     return LlamaForCausalLM(
         LlamaConfig(
             **shared,
-            hidden_size=D_MODEL,
-            intermediate_size=D_MLP_LLAMA,
+            hidden_size=size.d_model,
+            intermediate_size=size.d_mlp_llama,
             num_hidden_layers=layers,
-            num_attention_heads=HEADS,
-            num_key_value_heads=KV_HEADS,
-            max_position_embeddings=CONTEXT,
+            num_attention_heads=size.heads,
+            num_key_value_heads=size.kv_heads,
+            max_position_embeddings=size.context,
         )
     )
 
 
-def sinusoids() -> torch.Tensor:
+def sinusoids(d_model: int, context: int) -> torch.Tensor:
     """What learned positions start from, so that heads find "one token back" early.
 
     As long as token embeddings, with wavelengths up to twice the context. From random vectors the loss on answers was
     still 2.1 after 3.6 million tokens; from these it was 1.0.
     """
-    wavelengths = torch.logspace(0, math.log10(2 * CONTEXT / math.tau), D_MODEL // 2) * math.tau
-    angles = torch.arange(CONTEXT)[:, None] * math.tau / wavelengths
+    wavelengths = torch.logspace(0, math.log10(2 * context / math.tau), d_model // 2) * math.tau
+    angles = torch.arange(context)[:, None] * math.tau / wavelengths
     return 0.02 * math.sqrt(2) * torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def cached_bank(tokens: int, seed: int, work: Path) -> tinyworld.Bank:
+def cached_bank(
+    tokens: int, seed: int, work: Path, shares: Mapping[str, float] | None = None, context: int = CONTEXT
+) -> tinyworld.Bank:
     """The training bank, generated once (about half a minute) and kept in the work directory for the next model."""
     work.mkdir(parents=True, exist_ok=True)
-    files = [work / f"bank-{tokens}-{seed}-{part}.npy" for part in ("ids", "answers")]
+    other = f"-{context}-{zlib.crc32(json.dumps(dict(shares)).encode()):08x}" if shares else ""
+    files = [work / f"bank-{tokens}-{seed}{other}-{part}.npy" for part in ("ids", "answers")]
     if not all(file.exists() for file in files):
-        bank = tinyworld.bank(tokens, seed=seed, context=CONTEXT)
+        bank = tinyworld.bank(tokens, seed=seed, context=context, shares=shares)
         for file, array in zip(files, (bank.ids, bank.answers), strict=True):
             np.save(file.with_suffix(".tmp.npy"), array)
             file.with_suffix(".tmp.npy").replace(file)
     return tinyworld.Bank(*(np.load(file, allow_pickle=False) for file in files))
 
 
-def fit(model: Any, bank: tinyworld.Bank, arguments: argparse.Namespace) -> float:
+def fit(model: Any, bank: tinyworld.Bank, arguments: argparse.Namespace, batch: int | None = None) -> float:
     """One pass over the bank. Returns the minutes of training, those before a resumption included."""
-    steps = len(bank.ids) // BATCH
+    batch = batch or BATCH
+    steps = len(bank.ids) // batch
     marks = checkpoint_steps(steps, arguments.checkpoints)
     parameters = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
@@ -180,7 +197,7 @@ def fit(model: Any, bank: tinyworld.Bank, arguments: argparse.Namespace) -> floa
             break
         for group in optimizer.param_groups:
             group["lr"] = arguments.lr * schedule(step, steps)
-        rows = slice(step * BATCH, (step + 1) * BATCH)
+        rows = slice(step * batch, (step + 1) * batch)
         ids = torch.from_numpy(bank.ids[rows].astype(np.int64))
         answers = torch.from_numpy(bank.answers[rows])
         logits = model(ids).logits[:, :-1]
