@@ -11,7 +11,7 @@ import torch
 import interp
 from interp.cache import capture, harvest
 from interp.metrics import logit_difference
-from interp.patching import activation_patch
+from interp.patching import activation_patch, attribution_patch
 from interp.prompts import Prompts
 from tests.helpers import FAMILIES, tiny_model, tiny_tokenizer, tiny_tokens
 
@@ -44,6 +44,20 @@ def test_patching_and_capture_agree_with_the_cpu(device: str, family: str) -> No
     cached = capture(bridge, prompts.clean, name)[name]
     assert cached.device.type == device
     torch.testing.assert_close(cached.cpu(), capture(reference, prompts.clean, name)[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attribution_agrees_with_the_cpu(device: str, family: str) -> None:
+    prompts = planted_prompts()
+    metric = logit_difference(prompts)
+    reference, bridge = bridge_on("cpu", family), bridge_on(device, family)
+    for options in ({"method": "relp"}, {"method": "integrated_gradients"}, {"sites": ("q", "k"), "qk_fix": True}):
+        expected = attribution_patch(reference, prompts, metric, **options)  # type: ignore[arg-type]
+        found = attribution_patch(bridge, prompts, metric, **options)  # type: ignore[arg-type]
+        for site, effects in expected.items():
+            assert abs(effects.values - found[site].values).max() < 1e-4
+            assert abs(effects.values).max() > 1e-3
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import platform
 import weakref
@@ -114,8 +115,8 @@ def provenance(bridge: Any, **extra: Any) -> dict[str, Any]:
         "versions": {
             "interp": interp.__version__,
             "torch": torch.__version__,
-            "transformers": metadata.version("transformers"),
-            "transformer-lens": metadata.version("transformer-lens"),
+            "transformers": _version("transformers"),
+            "transformer-lens": _version("transformer-lens"),
             "python": platform.python_version(),
         },
         **extra,
@@ -146,6 +147,11 @@ def fingerprint(bridge: Any) -> int:
             for parameter in bridge.original_model.parameters()
         )
     )
+
+
+@functools.cache
+def _version(package: str) -> str:
+    return metadata.version(package)  # reads a file
 
 
 @dataclass

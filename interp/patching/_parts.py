@@ -160,12 +160,20 @@ def _class_norm(parts: Parts, norm: Norm, found: dict[str, Tensor]) -> None:
     names = [f"{norm.path}.hook_in", f"{norm.path}.hook_out"]
     if not all(name in found for name in names):
         parts.refused[norm.path] = "its input and output cannot be read"
+    elif _hands_on(norm, found[names[0]]):
+        parts.linear.append((norm.path, "no norm"))
     elif _differ(norm(found[names[0]]), found[names[1]]):
         parts.refused[norm.path] = (
             f"{type(norm.module.original_component).__name__} is not the LayerNorm or RMSNorm it is taken for"
         )
     else:
         parts.norms.append(norm)
+
+
+def _hands_on(norm: Norm, entered: Tensor) -> bool:
+    """Whether the module in a norm's place returns its input, also a scaled one that no norm would return as it is."""
+    other = 3 * entered
+    return torch.equal(norm.module.original_component(other), other)
 
 
 def _class_mlp(parts: Parts, bridge: Any, path: str, found: dict[str, Tensor]) -> None:
@@ -191,9 +199,9 @@ def _class_mlp(parts: Parts, bridge: Any, path: str, found: dict[str, Tensor]) -
 def _class_attention(
     parts: Parts, bridge: Any, path: str, module: Any, found: dict[str, Tensor], live: set[str]
 ) -> None:
-    if not all(f"{path}.hook_{name}" in live and hooks.editable(bridge, f"{path}.hook_{name}") for name in "qkv"):
-        parts.refused[path] = "its queries, keys and values cannot be edited"
-        return
+    if not all(f"{path}.hook_{name}" in live for name in "qkv"):
+        parts.refused[path] = "its queries, keys and values cannot be reached"
+        return  # whether detaching them has an effect is seen by what is conserved over the whole model
     pattern, scores, v, z = (found.get(f"{path}.hook_{name}") for name in ("pattern", "attn_scores", "v", "z"))
     if pattern is not None and v is not None and z is not None and z.ndim == 4 and v.ndim == 4:
         values = v.repeat_interleave(z.shape[2] // v.shape[2], 2)

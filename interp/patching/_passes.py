@@ -81,7 +81,8 @@ class Passes:
     def keys(self) -> tuple[Key, ...]:
         """The activations that are needed, in the order of the sites; the start of the graph is always one."""
         wanted: dict[Key, None] = {(site, layer): None for site, where in self.where.items() for layer in where.layers}
-        wanted |= {("pattern", layer): None for site in self.qk_fix for layer in self.where[site].layers}
+        for site in self.qk_fix:
+            wanted.update({("pattern", layer): None for layer in self.where[site].layers})
         return tuple({START: None, **wanted})
 
     @property
