@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from interp import (
+        attention,
         cache,
         hooks,
         metrics,
@@ -31,6 +32,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "__version__",
+    "attention",
     "cache",
     "hooks",
     "list_models",

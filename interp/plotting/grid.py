@@ -88,8 +88,8 @@ def draw_grid(
         start, top = column * step_x / plot_width, 1 - row * step_y / plot_height
         suffix = "" if i == 0 else str(i + 1)
         figure.add_traces(_traces(panel, f"x{suffix}", f"y{suffix}", unit))
-        x_axis = _axis_layout(panel.x, f"y{suffix}", width, [start, start + width / plot_width])
-        y_axis = _axis_layout(panel.y, f"x{suffix}", height, [top - height / plot_height, top], vertical=True)
+        x_axis = _axis_layout(panel.x, f"y{suffix}", width, [start, min(1.0, start + width / plot_width)])
+        y_axis = _axis_layout(panel.y, f"x{suffix}", height, [max(0.0, top - height / plot_height), top], vertical=True)
         if origin == "top":
             y_axis["autorange"] = "reversed"
         if shared and i + columns < count:

@@ -16,11 +16,12 @@ from interp.prompts._docstring import docstring
 from interp.prompts._facts import facts, two_hop
 from interp.prompts._from_text import from_text, groups_from_text
 from interp.prompts._greater_than import greater_than
-from interp.prompts._induction import induction
+from interp.prompts._induction import induction, repeated_tokens
 from interp.prompts._ioi import ioi
 from interp.prompts._needle import needle
 from interp.prompts._prompts import Prompts, concatenate
 from interp.prompts._pronoun import pronoun
+from interp.prompts._recall import recall
 
 TASKS: Mapping[str, Callable[..., Prompts]] = MappingProxyType(
     {
@@ -44,5 +45,7 @@ __all__ = [
     "ioi",
     "needle",
     "pronoun",
+    "recall",
+    "repeated_tokens",
     "two_hop",
 ]

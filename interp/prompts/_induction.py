@@ -63,14 +63,7 @@ def induction(
     world = tokenizer is not None and tinyworld.is_tinyworld(tokenizer)
     split = world_split("induction", split, world=world)
     rng = generator("induction", seed)
-    if tokens is not None:
-        pool = sorted({int(token) for token in tokens})
-        if pool and not 0 <= pool[0] <= pool[-1] < bridge.cfg.d_vocab:
-            raise ValueError(
-                f"tokens run from {pool[0]} to {pool[-1]}; this model's ids are 0 to {bridge.cfg.d_vocab - 1}"
-            )
-    else:
-        pool = [tinyworld.IDS[word] for word in LIST_WORDS] if world else _pool(bridge, rng)
+    pool = _drawn_from(bridge, tokens, rng, world=world)
     if len(pool) <= length:
         source = "tokenizer has" if tokens is None else "tokens given are"
         raise ValueError(
@@ -102,6 +95,51 @@ def induction(
         seed=seed,
     )
     return (prompts if tokenizer is None else prompts.decoded(bridge)).check(bridge)
+
+
+def repeated_tokens(
+    bridge: Any, n: int = 8, seed: int = 0, *, length: int = 25, repeats: int = 4, tokens: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Token ids [n, pos]: a list of different random tokens said `repeats` times over, after BOS if the model uses one.
+
+    What prefix matching is measured on: nothing but the repetition makes a head look anywhere in particular.
+
+    Args:
+        bridge: The model; words are drawn as in `induction`.
+        tokens: Ids to draw from instead.
+
+    Raises:
+        ValueError: If the vocabulary is too small or the context too short.
+
+    Source:
+        Olsson et al. 2022 (arXiv:2209.11895): 25 random tokens repeated 4 times, a BOS token first.
+    """
+    check_n("repeated_tokens", n)
+    if length < 2 or repeats < 1:
+        raise ValueError(f"length={length}, repeats={repeats}: expected at least 2 tokens, said at least once")
+    tokenizer = bridge.tokenizer
+    rng = generator("repeated_tokens", seed)
+    world = tokenizer is not None and tinyworld.is_tinyworld(tokenizer)
+    pool = _drawn_from(bridge, tokens, rng, world=world)
+    if len(pool) < length:
+        raise ValueError(f"repeated_tokens with length={length} needs as many different tokens, but there are "
+                         f"{len(pool)} to draw from; ask for a shorter list")  # fmt: skip
+    first = [tokenizer.bos_token_id] if tokenizer is not None and uses_bos(bridge) else []
+    wide, n_ctx = len(first) + length * repeats, int(bridge.cfg.n_ctx)
+    if wide > n_ctx:
+        raise ValueError(f"{length} tokens {repeats} times over make {wide} positions; the context is {n_ctx}. "
+                         f"Ask for length={(n_ctx - len(first)) // repeats} or fewer repeats")  # fmt: skip
+    return torch.tensor([[*first, *rng.sample(pool, length) * repeats] for _ in range(n)])
+
+
+def _drawn_from(bridge: Any, tokens: Sequence[int] | None, rng: random.Random, *, world: bool) -> list[int]:
+    """The ids that lists are made of."""
+    if tokens is None:
+        return [tinyworld.IDS[word] for word in LIST_WORDS] if world else _pool(bridge, rng)
+    pool = sorted({int(token) for token in tokens})
+    if pool and not 0 <= pool[0] <= pool[-1] < bridge.cfg.d_vocab:
+        raise ValueError(f"tokens run from {pool[0]} to {pool[-1]}; this model's ids are 0 to {bridge.cfg.d_vocab - 1}")
+    return pool
 
 
 def _pool(bridge: Any, rng: random.Random) -> list[int]:
