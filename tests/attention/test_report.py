@@ -79,8 +79,14 @@ def test_roles_follow_the_rules_given_and_extra_scores_take_part() -> None:
     report = head_report(
         bridge, text=text, repeated=lists, extra={"mine": mine}, roles={"some": {"mine": 0.1, "copy": -1}}
     )
-    low = report.values.sel(score="mine", bound="low").values
+    bounds = report.values.sel(score="mine")
+    low, estimate = bounds.sel(bound="low").values, bounds.sel(bound="estimate").values
     assert report.heads("some") == [f"L{layer}H{head}" for layer, head in np.argwhere(low > 0.1)]
+    # a threshold between the estimate and the lower end of the interval: the head is not surely above it
+    layer, head = np.unravel_index((estimate - low).argmax(), low.shape)
+    between = float(low[layer, head] + estimate[layer, head]) / 2
+    careful = head_report(bridge, text=text, repeated=lists, extra={"mine": mine}, roles={"sure": {"mine": between}})
+    assert f"L{layer}H{head}" not in careful.heads("sure")
     np.testing.assert_allclose(report.estimate("mine"), mine.mean("example"), atol=1e-6)
 
 
