@@ -112,7 +112,7 @@ def test_tables_hold_every_method_site_and_layer(
     share = frames["layers"].groupby(["corruption", "site", "method"]).share.sum()
     np.testing.assert_allclose(share, 1, atol=1e-3)
     modules = frames["modules"].set_index(["corruption", "site", "linear"])
-    assert len(modules) == 2 * 3 * 3 and modules.index.is_unique and (modules.error > 0).all()
+    assert len(modules) == 2 * 3 * 4 and modules.index.is_unique and (modules.error > 0).all()
     card = importlib.import_module("depth_card").card(tmp_path / "data")
     row = rows.loc["abc", "mlp_out", "RelP"]
     assert f"{row.pearson:.3f} [{row.pearson_low:.3f}, {row.pearson_high:.3f}]" in card and "1 and 2 layers" in card

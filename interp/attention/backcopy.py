@@ -89,7 +89,9 @@ class BackcopyTask:
             length: Tokens per sequence, BOS included: one more than a model is given.
         """
         if n < 1 or length < 2:
-            raise ValueError(f"n={n}, length={length}; expected at least one sequence of at least BOS and one character")
+            raise ValueError(
+                f"n={n}, length={length}; expected at least one sequence of at least BOS and one character"
+            )
         generator = torch.Generator().manual_seed(seed)
         tokens = torch.full((n, length), self.bos)
         tokens[:, 1] = torch.multinomial(self.first, n, replacement=True, generator=generator)
@@ -228,7 +230,9 @@ def backcopy_task(text: str, *, n_triggers: int = 3, triggers: Sequence[str] | N
     ids = {character: place for place, character in enumerate(characters)}
     if triggers is None:
         if not 1 <= n_triggers < len(characters):
-            raise ValueError(f"n_triggers={n_triggers} of {len(characters)} characters; expected 1 to one fewer than all")
+            raise ValueError(
+                f"n_triggers={n_triggers} of {len(characters)} characters; expected 1 to one fewer than all"
+            )
         chosen = sorted(characters, key=lambda character: -counts[character])[:n_triggers]
     else:
         chosen = list(triggers)

@@ -52,7 +52,9 @@ def dormant_in(
     """
     mass, change = np.asarray(sink_mass, dtype=np.float64), np.asarray(loss_change, dtype=np.float64)
     if mass.shape != change.shape or mass.shape[:1] != (2,):
-        raise ValueError(f"sink_mass {mass.shape} and loss_change {change.shape}; expected both [2, ...], domains first")
+        raise ValueError(
+            f"sink_mass {mass.shape} and loss_change {change.shape}; expected both [2, ...], domains first"
+        )
     if not (gap > 0 and 0 <= quiet <= active):
         raise ValueError(f"gap={gap}, quiet={quiet}, active={active}; expected gap > 0 and 0 <= quiet <= active")
     found = np.full(mass.shape[1:], -1)
@@ -89,7 +91,6 @@ class Dormancy(Result):
         over examples (`stats.bootstrap_interval` takes the options)."""
         columns: dict[str, Any] = {}
         means: dict[str, list[Any]] = {"mass": [], "loss": []}
-        resampled = []
         for domain in self.domains:
             for name, array in (("mass", self.values), ("loss", self.loss_change)):
                 part = array.sel(domain=domain, drop=True).dropna("example", how="all")
@@ -131,7 +132,8 @@ class Dormancy(Result):
 
         parts = []
         for domain in self.domains:
-            mass, change = (array.sel(domain=domain, drop=True).mean("example") for array in (self.values, self.loss_change))
+            both = (self.values, self.loss_change)
+            mass, change = (array.sel(domain=domain, drop=True).mean("example") for array in both)
             part = mass.rename("sink_mass").to_dataframe().reset_index()
             part["loss_change"] = change.rename("loss_change").to_dataframe()["loss_change"].to_numpy()
             part["domain"] = domain
@@ -163,6 +165,7 @@ def dormant_heads(
     *,
     names: tuple[str, str] = ("a", "b"),
     sinks: int | tuple[Bool[Tensor, "batch_a pos_a"], Bool[Tensor, "batch_b pos_b"]] = 0,
+    targets: tuple[Bool[Tensor, "batch_a pos_a"], Bool[Tensor, "batch_b pos_b"]] | None = None,
     layers: Sequence[int] | None = None,
     heads: Sequence[tuple[int, int]] | None = None,
     batch_size: int | None = None,
@@ -177,13 +180,14 @@ def dormant_heads(
         names: What the domains are called in the result.
         sinks: Position of the sink; or which tokens are sinks, a mask for each domain, if they are several (first
             token, delimiters). The mass is that on all of them, a mean over the queries after the first of them.
+        targets: The tokens whose prediction counts in the loss, a mask for each domain (answers, say); all by default.
         layers: Layers to measure; others are left out of the result.
         heads: Heads `(layer, head)` to cut; the loss change of others is NaN. All of the layers by default.
         batch_size: Rows per forward.
 
     Raises:
-        ValueError: If tokens, sinks, layers or heads do not fit, the names are equal, a row has no sink or no query
-            after one, or the model's patterns cannot be read.
+        ValueError: If tokens, sinks, layers or heads do not fit, the names are equal, a row has no sink with a query
+            after it or no target, or the model's patterns cannot be read.
         RuntimeError: In training mode.
 
     Source:
@@ -202,10 +206,11 @@ def dormant_heads(
             raise ValueError(f"heads {outside} are not in layers {chosen}")
         cells = asked
     both = [tokens_a, tokens_b]
-    masks = []
+    masks, counted = [], []
     for i, tokens in enumerate(both):
         check_tokens(bridge, tokens, f"tokens_{'ab'[i]}")
         masks.append(_sink_mask(tokens, sinks if isinstance(sinks, int) else sinks[i], names[i]))
+        counted.append(_target_mask(tokens, None if targets is None else targets[i], names[i]))
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1, or None")
     most = max(len(tokens) for tokens in both)
@@ -216,16 +221,17 @@ def dormant_heads(
         found = reduce_patterns(bridge, tokens, _sink_mass, layers=chosen, batch_size=batch_size, rows=[mask])
         for place, layer in enumerate(chosen):
             mass[i, place, :, :n] = found[layer].T.numpy()
-        base = _losses(bridge, tokens, batch_size)
+        base = _losses(bridge, tokens, counted[i], batch_size)
         loss[i, :n] = base.numpy()
         for layer, head in cells:
             with cut_heads(bridge, [(layer, head)]):
-                cut = _losses(bridge, tokens, batch_size)
+                cut = _losses(bridge, tokens, counted[i], batch_size)
             change[i, chosen.index(layer), head, :n] = (cut - base).numpy()
     coords = {"domain": list(names), "layer": chosen, "head": range(n_heads), "example": range(most)}
     settings = {
         "n_examples": [len(tokens) for tokens in both],
         "n_pos": [tokens.shape[1] for tokens in both],
+        "targets": "all" if targets is None else [int(mask[:, 1:].sum()) for mask in counted],
         "sinks": sinks if isinstance(sinks, int) else "masks",
         "cost": {"forwards": 2 * (2 + len(cells))},
     }
@@ -261,8 +267,19 @@ def _sink_mass(_layer: int, pattern: Tensor, mask: Tensor) -> Tensor:
     return (given * after).sum(-1) / after.sum(-1)
 
 
-def _losses(bridge: Any, tokens: Tensor, batch_size: int | None) -> Tensor:
-    """Mean next-token loss of every row."""
+def _target_mask(tokens: Tensor, targets: Tensor | None, name: str) -> Tensor:
+    mask = torch.ones(tokens.shape, dtype=torch.bool) if targets is None else targets
+    if mask.shape != tokens.shape or mask.dtype != torch.bool:
+        raise ValueError(f"the targets of domain {name!r} are {mask.dtype} {tuple(mask.shape)}; expected bool "
+                         f"{tuple(tokens.shape)}")  # fmt: skip
+    if not bool(mask[:, 1:].any(1).all()):
+        row = int((~mask[:, 1:].any(1)).nonzero()[0])
+        raise ValueError(f"row {row} of domain {name!r} has no target after its first token")
+    return mask
+
+
+def _losses(bridge: Any, tokens: Tensor, targets: Tensor, batch_size: int | None) -> Tensor:
+    """Mean next-token loss of every row over its targets; nothing predicts the first token."""
     size = batch_size or max(1, _BUDGET // (4 * tokens.shape[1] * int(bridge.cfg.d_vocab)))
     found = []
     with torch.no_grad(), no_retained_graph(bridge):
@@ -270,5 +287,6 @@ def _losses(bridge: Any, tokens: Tensor, batch_size: int | None) -> Tensor:
             rows = tokens[start : start + size].to(device_of(bridge))
             logits = bridge(rows)[:, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-            found.append(losses.double().reshape(len(rows), -1).mean(1).cpu())
+            counted = targets[start : start + size, 1:].double()
+            found.append((losses.double().cpu().reshape(counted.shape) * counted).sum(1) / counted.sum(1))
     return torch.cat(found)

@@ -124,7 +124,7 @@ def fit_growth(times: ArrayLike, values: ArrayLike) -> GrowthCurve:
     )
 
 
-def _starts(s: NDArray[np.float64], z: NDArray[np.float64], n: int = 2) -> list[NDArray[np.float64]]:
+def _starts(s: NDArray[np.float64], z: NDArray[np.float64], n: int = 3) -> list[NDArray[np.float64]]:
     """The lowest minima over (log beta, log tau), with the linear parameters that belong to them.
 
     Local minima of a coarse grid, each looked at through ever finer ones.
@@ -135,17 +135,24 @@ def _starts(s: NDArray[np.float64], z: NDArray[np.float64], n: int = 2) -> list[
     grid = np.stack(np.meshgrid(*sides, indexing="ij"), axis=-1).reshape(-1, 2)
     linear, residual = _solved(grid, s, z)
     lowest = minimum_filter(residual.reshape(_GRID, _GRID), 3, mode="nearest").ravel() == residual
-    order = np.argsort(np.where(lowest, residual, np.inf), kind="stable")[:6]
+    order = np.concatenate(
+        [np.argsort(np.where(lowest, residual, np.inf), kind="stable")[:4], np.argsort(residual, kind="stable")[:4]]
+    )
     step = np.array([side[1] - side[0] for side in sides])
     around = np.stack(np.meshgrid(*[np.linspace(-1, 1, 9)] * 2, indexing="ij"), axis=-1).reshape(-1, 2)
     found = []
     for place in order[np.isfinite(residual[order])]:
-        centre, values, least = grid[place], linear[place], residual[place]
-        for zoom in range(6):
-            near = centre + around * step / 3**zoom
+        centre, values, least, width = grid[place], linear[place], residual[place], step
+        for _ in range(16):  # a step aside in the valley as long as its floor falls there, else a closer look
+            near = centre + around * width
             solved, errors = _solved(near, s, z)
-            if errors.min() < least:
-                centre, values, least = near[errors.argmin()], solved[errors.argmin()], errors.min()
+            best = int(errors.argmin())
+            if np.abs(around[best]).max() < 1:
+                width = width / 2.5
+            if errors[best] < least:
+                centre, values, least = near[best], solved[best], errors[best]
+            else:
+                width = width / 2
         found.append((float(least), np.concatenate([centre, values])))
     return [start for _, start in sorted(found, key=lambda part: part[0])[:n]]
 
