@@ -61,6 +61,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "LN and AH": {"method": Rules(norm="LN", attention="AH")},
     "temperature alone": {"method": Rules(attention="temperature")},
 }
+LINEAR: dict[str, tuple[linearised.Kind, ...]] = {  # all three kinds at once would be attribution patching
+    "norm": ("norm",),
+    "attention": ("attention",),
+    "mlp": ("mlp",),
+    "attention and mlp": ("attention", "mlp"),
+}
 MODEL = ["arch", "layers", "seed"]  # the columns that name a model
 BY_LAYER = ("AtP", "IG", "RelP", "RelP + AH", "GIM")
 TABLES = ("models", "agreement", "layers", "modules")
@@ -142,9 +148,9 @@ def compare(directory: Path, n: int, seed: int, modules: int) -> dict[str, list[
         few = prompts[:modules]
         for site in linearised.SITES if modules else ():
             true = _cells(exact[site])[:, :modules]
-            for kind in linearised.KINDS:  # all kinds at once are attribution patching
-                effects = linearised.effects(plain, few, interp.metrics.logit_difference(few), site, [kind])
-                row = {**head, "site": site, "linear": kind}
+            for linear, kinds in LINEAR.items():
+                effects = linearised.effects(plain, few, interp.metrics.logit_difference(few), site, kinds)
+                row = {**head, "site": site, "linear": linear}
                 tables["modules"].append(row | compared(true, effects.reshape(-1, len(few))))
     return tables
 
