@@ -86,8 +86,8 @@ class Dormancy(Result):
     def table(
         self, *, gap: float | int = GAP, quiet: float | int = QUIET, active: float | int = ACTIVE, **interval: Any
     ) -> pd.DataFrame:
-        """A row per head, largest gap first: `layer, head, dormant_in` (a domain or an empty string), `gap` (first minus
-        second domain, with `gap_low`, `gap_high`), and by domain `sink_mass` and `loss_change` with bootstrap intervals
+        """A row per head, largest gap first: `layer, head, dormant_in` (a domain or an empty string), `gap` (first
+        minus second domain, with `gap_low`, `gap_high`), and by domain `sink_mass` and `loss_change` with bootstrap intervals
         over examples (`stats.bootstrap_interval` takes the options)."""
         columns: dict[str, Any] = {}
         means: dict[str, list[Any]] = {"mass": [], "loss": []}
@@ -172,8 +172,8 @@ def dormant_heads(
 ) -> Dormancy:
     """Attention to the sink and loss change when the head is cut, for every head and two domains of text.
 
-    A dormant head gives its attention to the sink in one domain, where it can be cut without loss, and not in the other.
-    Costs, per domain, two forwards and one more for every head that is cut.
+    A dormant head gives its attention to the sink in one domain, where it can be cut without loss, and not in the
+    other. Costs, per domain, two forwards and one more for every head that is cut.
 
     Args:
         tokens_a, tokens_b: Token ids without padding, one domain each; they may differ in number and length.

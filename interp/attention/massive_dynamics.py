@@ -1,4 +1,4 @@
-"""How massive activations grow in training: their ratio by checkpoint, and the five-parameter curve that describes it."""
+"""How massive activations grow in training: the ratio by checkpoint, and a five-parameter curve of it."""
 
 from __future__ import annotations
 
