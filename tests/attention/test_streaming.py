@@ -410,10 +410,12 @@ def test_the_result(tmp_path: Path) -> None:
     loaded = AttentionStream.load(found.save(tmp_path / "stream.nc"))
     assert loaded.values.identical(found.values) and loaded.column_max.identical(found.column_max)
     assert loaded.provenance["cost"] == {"forwards": 1} and loaded.provenance["block"] == 24
-    assert found.plot("needle") is not None
+    drawn = found.plot("needle").data[0].z
+    assert (len(drawn), len(drawn[0])) == (3, N_HEADS)
     rows = attention_rows(bridge, tokens, [23, 5])
     assert list(AttentionRows.load(rows.save(tmp_path / "rows.nc")).values["dest"].values) == [23, 5]
-    assert rows.plot() is not None
+    drawn = rows.plot().data[0].z
+    assert (len(drawn), len(drawn[0])) == (3, N_HEADS)
     torch.testing.assert_close(torch.tensor(rows.values.sum("key").values), torch.ones(3, N_HEADS, 2, 3),
                                atol=1e-5, rtol=0)  # fmt: skip
     assert bool((rows.values.sel(dest=5, key=slice(6, None)) == 0).all())
