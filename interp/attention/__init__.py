@@ -106,6 +106,15 @@ _HOMES = {
     "stream_statistics": "interp.attention.streaming",
     "streaming_rows": "interp.attention.streaming",
     "streaming_statistics": "interp.attention.streaming",
+    "BackcopyTask": "interp.attention.backcopy",
+    "backcopy_task": "interp.attention.backcopy",
+    "Dormancy": "interp.attention.dormancy",
+    "dormant_heads": "interp.attention.dormancy",
+    "dormant_in": "interp.attention.dormancy",
+    "GrowthCurve": "interp.attention.massive_dynamics",
+    "MassiveDynamics": "interp.attention.massive_dynamics",
+    "fit_growth": "interp.attention.massive_dynamics",
+    "massive_growth": "interp.attention.massive_dynamics",
 }
 
 __all__ = [
@@ -208,12 +217,22 @@ __all__ = [
     "stream_statistics",
     "streaming_rows",
     "streaming_statistics",
+    "BackcopyTask",
+    "backcopy_task",
+    "Dormancy",
+    "dormant_heads",
+    "dormant_in",
+    "GrowthCurve",
+    "MassiveDynamics",
+    "fit_growth",
+    "massive_growth",
 ]
 
 if TYPE_CHECKING:
     from interp.attention._patterns import reduce_patterns
     from interp.attention._scoring import score_rows
     from interp.attention._stream_result import AttentionRows, AttentionStream
+    from interp.attention.backcopy import BackcopyTask, backcopy_task
     from interp.attention.cache_policy import CacheEffects, CachePolicy, cache_effects
     from interp.attention.calibration import (
         RELEASED,
@@ -241,6 +260,7 @@ if TYPE_CHECKING:
         ov_copying,
         successor_scores,
     )
+    from interp.attention.dormancy import Dormancy, dormant_heads, dormant_in
     from interp.attention.drain import QKDecomposition, SinkDrain, qk_decomposition, sink_drain
     from interp.attention.dynamics import SinkDynamics, sink_dynamics
     from interp.attention.entropy import EntropyScores, attention_entropy, column_entropy, row_entropy
@@ -257,6 +277,7 @@ if TYPE_CHECKING:
         outlier_metrics,
         residual_sinks,
     )
+    from interp.attention.massive_dynamics import GrowthCurve, MassiveDynamics, fit_growth, massive_growth
     from interp.attention.needles import LostNeedle, Needle, Needles, find_span, official_span
     from interp.attention.norms import NormProfile, norm_profile
     from interp.attention.published import (

@@ -87,8 +87,8 @@ class Dormancy(Result):
         self, *, gap: float | int = GAP, quiet: float | int = QUIET, active: float | int = ACTIVE, **interval: Any
     ) -> pd.DataFrame:
         """A row per head, largest gap first: `layer, head, dormant_in` (a domain or an empty string), `gap` (first
-        minus second domain, with `gap_low`, `gap_high`), and by domain `sink_mass` and `loss_change` with bootstrap intervals
-        over examples (`stats.bootstrap_interval` takes the options)."""
+        minus second domain, with `gap_low`, `gap_high`), and by domain `sink_mass` and `loss_change` with bootstrap
+        intervals over examples (`stats.bootstrap_interval` takes the options)."""
         columns: dict[str, Any] = {}
         means: dict[str, list[Any]] = {"mass": [], "loss": []}
         for domain in self.domains:
@@ -139,8 +139,11 @@ class Dormancy(Result):
             part["domain"] = domain
             parts.append(part)
         table = pd.concat(parts, ignore_index=True)
-        return scatter(table, x="sink_mass", y="loss_change", colour="domain", hover=["layer", "head"],
-                       title="Loss change when a head is cut, against its attention to the sink")  # fmt: skip
+        return scatter(
+            table, x="sink_mass", y="loss_change", colour="domain", hover=["layer", "head"], identity=False,
+            x_title="attention to the sink", y_title="loss change (nats per token)",
+            title="Loss change when a head is cut, against its attention to the sink",
+        )  # fmt: skip
 
     def plot_gap(self) -> Any:
         """Mean attention to the sink in one domain against the other, a point per head; the line is where both are
@@ -152,10 +155,10 @@ class Dormancy(Result):
         table = means.sel(domain=first, drop=True).rename(first).to_dataframe().reset_index()
         table[second] = means.sel(domain=second, drop=True).rename(second).to_dataframe()[second].to_numpy()
         table["layer"] = table["layer"].astype(str)
-        figure = scatter(table, x=first, y=second, colour="layer", hover=["head"],
-                         title="Attention to the sink in two domains, by head")  # fmt: skip
-        figure.add_shape(type="line", x0=0, y0=0, x1=1, y1=1, line={"color": "#555555", "width": 1.2, "dash": "dash"})
-        return figure
+        return scatter(
+            table, x=first, y=second, colour="layer", hover=["head"], x_title=f"attention to the sink, {first}",
+            y_title=f"attention to the sink, {second}", title="Attention to the sink in two domains, by head",
+        )  # fmt: skip
 
 
 def dormant_heads(

@@ -119,9 +119,8 @@ def fit_growth(times: ArrayLike, values: ArrayLike) -> GrowthCurve:
     residual = float(((z - scaled(s)) ** 2).sum())
     r2 = 1 - residual / float(((z - z.mean()) ** 2).sum())
     height = high - low
-    return GrowthCurve(
-        scaled.amplitude * height, scaled.decay, scaled.rate / span, scaled.start, scaled.limit * height + low, r2
-    )
+    amplitude, limit = float(scaled.amplitude * height), float(scaled.limit * height + low)
+    return GrowthCurve(amplitude, scaled.decay, scaled.rate / span, scaled.start, limit, r2)
 
 
 def _starts(s: NDArray[np.float64], z: NDArray[np.float64], n: int = 3) -> list[NDArray[np.float64]]:
@@ -171,7 +170,7 @@ def _solved(
     return linear, np.where(_sane(grid, linear), residual, np.inf)
 
 
-def _sane(grid: NDArray[np.float64], linear: NDArray[np.float64]) -> NDArray[np.bool_]:
+def _sane(grid: NDArray[np.float64], linear: NDArray[np.float64]) -> Any:
     """Whether the original parameters are numbers: an A_1 of nearly 0 is a curve without a logarithm, and
     rate = exp(A_2 / A_1) then none; nor may exp(beta * tau) overflow."""
     return (np.abs(linear[..., 1]) <= 30 * np.abs(linear[..., 0])) & (grid.sum(-1) < math.log(100))
@@ -241,7 +240,8 @@ class MassiveDynamics(Result):
         figure.update_xaxes(
             tickmode="array", tickvals=[math.log1p(steps[i]) for i in shown], ticktext=[str(steps[i]) for i in shown]
         )
-        colours = [trace.line.color for trace in figure.data if trace.mode == "lines" and trace.fill is None]
+        drawn: Any = figure.data
+        colours = [trace.line.color for trace in drawn if trace.mode == "lines" and trace.fill is None]
         for colour, layer in zip(colours, chosen, strict=True):
             means = self.values.sel(layer=layer).mean("example").values
             marker = {"color": colour, "size": 8}
@@ -249,7 +249,7 @@ class MassiveDynamics(Result):
         return figure
 
 
-def massive_dynamics(
+def massive_growth(
     models: Mapping[int, Any], tokens: Int[Tensor, "batch pos"], *, batch_size: int | None = None
 ) -> MassiveDynamics:
     """Ratio of the largest to the median magnitude of every block's output in a series of checkpoints.
@@ -269,7 +269,7 @@ def massive_dynamics(
         of the fits 0.984 over 188 layers.
     """
     if not models:
-        raise ValueError("massive_dynamics got no models; pass a mapping from training step to model")
+        raise ValueError("massive_growth got no models; pass a mapping from training step to model")
     steps = sorted(int(step) for step in models)
     ratios, names, depth, record = [], [], None, {}
     for step in steps:
@@ -288,5 +288,5 @@ def massive_dynamics(
     settings = {"models": names, "n_examples": len(tokens), "n_pos": tokens.shape[1], "cost": {"forwards": len(steps)}}
     return MassiveDynamics(
         labelled(np.stack(ratios), list(coords), coords, unit="largest / median"),
-        {**record, "method": "massive_dynamics", **settings},
+        {**record, "method": "massive_growth", **settings},
     )

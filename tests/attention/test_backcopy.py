@@ -6,6 +6,7 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pandas as pd
 import pytest
@@ -101,39 +102,39 @@ def test_a_model_that_knows_nothing_has_the_risk_of_a_guess():
 
 
 def test_training_brings_the_dormant_head(training):
-    """The published criterion at a small size and 450 steps: what needs a longer run (an excess bigram risk below 0.02,
-    a value below 0.3 of the others) is held looser here and by the shipped courses below."""
+    """The published criterion at a small size and 350 steps: what needs longer is held a little looser."""
     task = backcopy_task(training.text_of(None))
-    _, course = training.train("softmax-adamw-1", task, steps=450, d_model=64, n_pos=32, batch=64)
-    end, oracle = course.iloc[-1], task.oracle_risks(32, skip_first=True)
-    assert end.bigram_risk < oracle.bigram + 0.12
-    assert end.backcopy_risk < 0.03
+    _, course = training.train("softmax-adamw-1", task, steps=350, d_model=48, n_pos=24, batch=48, lr=5e-3)
+    end, oracle = course.iloc[-1], task.oracle_risks(24, skip_first=True)
+    assert end.bigram_risk < oracle.bigram + 0.1
+    assert end.backcopy_risk < 0.015
     assert end.bos_attention_quiet > 0.8 and end.bos_attention_trigger < 0.1
-    assert end.bos_value < 0.4 * end.median_value
-    assert abs(end.bigram_no_attention - end.bigram_risk) < 0.05
-    assert end.backcopy_no_attention - end.backcopy_risk > 3
+    assert end.bos_value < 0.3 * end.median_value
+    assert abs(end.bigram_no_attention - end.bigram_risk) < 0.03
+    assert end.backcopy_no_attention - end.backcopy_risk > 4.5
 
 
 def test_the_shipped_courses_meet_the_published_criterion():
     courses = pd.read_csv(ROOT / "data" / "backcopy" / "courses.csv")
     runs = pd.read_csv(ROOT / "data" / "backcopy" / "runs.csv").set_index("run")
     assert sum(file.stat().st_size for file in (ROOT / "data" / "backcopy").iterdir()) < 200_000
-    last = courses[courses["step"] == courses.groupby("run")["step"].transform("max")]
-    one = last[last["run"] == "softmax-adamw-1"].iloc[0]
+    last: Any = courses[courses["step"] == courses.groupby("run")["step"].transform("max")]
+    ends = last[last["layer"] == 0].set_index("run")
+    one = ends.loc["softmax-adamw-1"]
     assert one.bigram_risk < runs.oracle_bigram_risk["softmax-adamw-1"] + 0.05  # 0.02 at the published size
     assert one.backcopy_risk < 0.01
     assert one.bos_attention_quiet > 0.8 and one.bos_attention_trigger < 0.1
     assert one.bos_value < 0.3 * one.median_value
     assert abs(one.bigram_no_attention - one.bigram_risk) < 0.02
     assert one.backcopy_no_attention - one.backcopy_risk > 5
-    relu = last[last["run"] == "relu-adamw-1"].iloc[0]
+    relu = ends.loc["relu-adamw-1"]
     assert relu.backcopy_risk < 0.01
     assert relu.bos_attention_quiet < 0.05 and relu.bos_value > 0.3 * relu.median_value  # neither sink nor drain
 
 
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(training, tmp_path):
     task = backcopy_task(TEXT)
-    sizes = {"steps": 20, "d_model": 16, "n_pos": 8, "batch": 4}
+    sizes = {"steps": 20, "d_model": 16, "n_pos": 12, "batch": 4}
     for name in ("softmax-adamw-1", "relu-sgd-3"):
         _, whole = training.train(name, task, **sizes)
         state = tmp_path / f"{name}.pt"

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from interp.attention.massive import massive_activations
-from interp.attention.massive_dynamics import GrowthCurve, MassiveDynamics, fit_growth, massive_dynamics
+from interp.attention.massive_dynamics import GrowthCurve, MassiveDynamics, fit_growth, massive_growth
 from interp.results import load
 from tests.helpers import tiny_bridge, tiny_tokens
 
@@ -92,7 +92,7 @@ def test_no_logarithm_of_a_number_that_is_not_positive():
 def test_every_step_is_the_ratio_of_its_model(tmp_path):
     tokens = tiny_tokens(2, 8)
     models = {step: tiny_bridge("llama", seed) for seed, step in enumerate((0, 1, 3, 10, 30, 100, 300))}
-    course = massive_dynamics(models, tokens)
+    course = massive_growth(models, tokens)
     for step, bridge in models.items():
         found = massive_activations(bridge, tokens, absolute=None, ratio=1e9).values
         for layer in course.values["layer"].values:
@@ -119,7 +119,7 @@ def test_every_step_is_the_ratio_of_its_model(tmp_path):
         (lambda: fit_growth(range(-1, 9), range(10)), "time -1.0 is before 0"),
         (lambda: fit_growth(range(8), [1] * 8), "all values are 1.0"),
         (lambda: fit_growth(range(8), [math.nan] * 8), "must be finite"),
-        (lambda: massive_dynamics({}, tiny_tokens(1, 5)), "got no models"),
+        (lambda: massive_growth({}, tiny_tokens(1, 5)), "got no models"),
     ],
 )
 def test_errors(call, message: str):
