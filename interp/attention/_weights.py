@@ -99,7 +99,7 @@ def eigenvalue_share(matrices: Float[Tensor, "head n n"]) -> Float[Tensor, "head
         matrix = matrix / size
         try:
             eigenvalues = torch.linalg.eigvals(matrix)
-        except torch.linalg.LinAlgError:  # exact structure (a shift, many equal rows) can defeat the iteration
+        except RuntimeError:  # LinAlgError: exact structure (a shift, many equal rows) can defeat the iteration
             noise = torch.randn(matrix.shape, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype)
             eigenvalues = torch.linalg.eigvals(matrix + 1e-9 * noise)
         shares.append(matrix.trace() / eigenvalues.abs().sum().clamp_min(1e-30))
