@@ -195,7 +195,8 @@ def train(
         if kind.optimizer == "adamw"
         else torch.optim.SGD(model.parameters(), lr=rate, momentum=0.9)
     )
-    settings = {"name": name, "steps": steps, "d_model": d_model, "n_pos": n_pos, "batch": batch, "lr": rate,
+    settings = {"name": name, "triggers": list(task.triggers), "characters": "".join(task.characters),
+                "steps": steps, "d_model": d_model, "n_pos": n_pos, "batch": batch, "lr": rate,
                 "seed": seed, "table": float((task.transitions * torch.arange(task.bos)).sum())}  # fmt: skip
     first, rows, sequences = 0, [], torch.empty(0)
     if state_file is not None and state_file.exists():

@@ -83,8 +83,8 @@ _HOMES = {
     "masked_heads": "interp.attention.masking",
     "head_means": "interp.attention.masking",
     "matched_random_heads": "interp.attention.masking",
-    "MaskingCurve": "interp.attention.masking_curve",
-    "masking_curve": "interp.attention.masking_curve",
+    "MaskingCurve": "interp.attention._masking_curve",
+    "masking_curve": "interp.attention._masking_curve",
     "HeadGates": "interp.attention.published",
     "all_zero_samples": "interp.attention.published",
     "compare_scores": "interp.attention.published",
@@ -229,6 +229,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from interp.attention._masking_curve import MaskingCurve, masking_curve
     from interp.attention._patterns import reduce_patterns
     from interp.attention._scoring import score_rows
     from interp.attention._stream_result import AttentionRows, AttentionStream
@@ -267,7 +268,6 @@ if TYPE_CHECKING:
     from interp.attention.haystacks import generate_haystack, insert_needles, needle_grid
     from interp.attention.head_scores import HeadScores
     from interp.attention.masking import head_means, masked_heads, matched_random_heads
-    from interp.attention.masking_curve import MaskingCurve, masking_curve
     from interp.attention.massive import (
         MassiveActivations,
         OutlierMetrics,

@@ -64,6 +64,8 @@ def score_rows(
         raise LostNeedle(f"the needle at {span} does not lie in a prompt of {len(tokens)} tokens; it has no score")
     rows = rows[: len(words)]
     wrote = torch.tensor(words, dtype=torch.long)
+    rows, tokens = rows.cpu(), tokens.cpu()
+    norms = None if norms is None else norms.cpu()
     if mode in COPYING:
         n = min(top_n, rows.shape[-1]) if mode == "top_n" else 1
         return pasted_scores(largest(rows, n), wrote, tokens, span, official=mode == "official")

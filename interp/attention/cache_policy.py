@@ -124,6 +124,8 @@ def cache_effects(
     Source:
         Tang et al. 2024 (arXiv:2407.15891); streaming: Xiao et al. 2023 (arXiv:2309.17453).
     """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1, or None for the length of the answer")
     steps = max_new_tokens or max(len(sample.answer) for sample in needles.samples)
     require_decoding(bridge, edit=True)
     check_needles(bridge, needles, steps)

@@ -48,6 +48,10 @@ class Calibration:
             )
         if self.min_queries < 1:
             raise ValueError(f"min_queries={self.min_queries} must be at least 1")
+        if self.threshold is not None and not 0 < self.threshold < 1:
+            raise ValueError(f"threshold={self.threshold} must lie between 0 and 1: it is a mean attention weight")
+        if self.alpha <= 0 or (self.spare is not None and self.spare < 0):
+            raise ValueError(f"alpha={self.alpha} must be positive and spare={self.spare} a position, or None")
 
 
 RELEASED = Calibration(beta=0.4, threshold=0.1, diagonal=True, min_queries=1, spare=None, released=True)

@@ -290,6 +290,6 @@ def _losses(bridge: Any, tokens: Tensor, targets: Tensor, batch_size: int | None
             rows = tokens[start : start + size].to(device_of(bridge))
             logits = bridge(rows)[:, :-1].float()
             losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten(), reduction="none")
-            counted = targets[start : start + size, 1:].double()
+            counted = targets[start : start + size, 1:].double().cpu()
             found.append((losses.double().cpu().reshape(counted.shape) * counted).sum(1) / counted.sum(1))
     return torch.cat(found)

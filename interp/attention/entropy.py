@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.attention._activations import sizes
-from interp.attention._patterns import reduce_patterns
+from interp.attention._patterns import check_tokens, reduce_patterns
 from interp.attention.sinks import MIN_QUERIES, sink_importance
 from interp.models import provenance
 from interp.results import Result, labelled
@@ -89,6 +89,7 @@ def attention_entropy(
         Row entropy: Zhai et al. 2023 (arXiv:2303.06296). The normalised variants and their detector: Guo et al. 2024
         (arXiv:2410.13835), as released; columns scaled to sum to 1 and `min_queries` are ours.
     """
+    check_tokens(bridge, tokens)
     n, n_pos = tokens.shape
     if not 2 <= min_queries <= n_pos:
         raise ValueError(f"min_queries={min_queries} must be 2 to {n_pos}, the length of the tokens")

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp.attention._activations import reduce_activations, sizes, streams
+from interp.attention._patterns import check_tokens
 from interp.hooks import hook_name
 from interp.models import provenance
 from interp.results import Result, labelled
@@ -145,6 +146,7 @@ def massive_activations(
         raise ValueError("absolute and ratio are both None, so every activation would be massive; give at least one")
     if any(limit is not None and limit <= 0 for limit in (absolute, ratio)):
         raise ValueError(f"absolute={absolute} and ratio={ratio} must be positive, or None")
+    check_tokens(bridge, tokens)
     n, n_pos = tokens.shape
     n_states = sizes(bridge).n_layers + 1
     found: list[list[Tensor]] = [[] for _ in range(n_states)]
@@ -231,6 +233,7 @@ def residual_sinks(
 
     hooks = streams(bridge)
     kept = reduce_activations(bridge, tokens, dict.fromkeys(hooks, reduce), batch_size=batch_size)
+    check_tokens(bridge, tokens)
     n, n_pos = tokens.shape
     coords = {"state": range(len(hooks)), "pos": range(n_pos), "example": range(n)}
     record = _record(bridge, tokens, "residual_sinks", channels=chosen, threshold=float(threshold))
@@ -297,5 +300,6 @@ def _check_count(count: int, limit: int, state: int | None) -> None:
 
 
 def _record(bridge: Any, tokens: Tensor, method: str, **settings: Any) -> dict[str, Any]:
+    check_tokens(bridge, tokens)
     n, n_pos = tokens.shape
     return provenance(bridge, method=method, n_examples=n, n_pos=n_pos, cost={"forwards": 1}, **settings)

@@ -158,6 +158,7 @@ def head_report(
     if repeated is None:
         repeated = _repeated(bridge, n, seed)
     check_tokens(bridge, repeated, "repeated")
+    text, repeated = text.cpu(), repeated.cpu()
     found = _attention(bridge, text, repeated, batch_size)
     once = repeated[:, : _period(repeated)]
     found += [attended_token_copying(bridge, once), copy_scores(bridge, once), *_weights(bridge, found[0])]

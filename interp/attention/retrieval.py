@@ -101,6 +101,8 @@ def retrieval_scores(
     check_mode(mode, top_n)
     if look < 2 or batch_size < 1:
         raise ValueError(f"look={look} and batch_size={batch_size}; expected at least 2 and 1")
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1, or None for the length of the answer")
     steps = max_new_tokens or max(len(sample.answer) for sample in needles.samples)
     require_decoding(bridge)
     check_needles(bridge, needles, steps)

@@ -1,6 +1,7 @@
 """Interventions on sinks, as contexts: massive activations, position embeddings, the attention to a key, whole heads.
 
-Each acts on every forward inside it and leaves no hook behind; `sink_scores` and every other method can be run inside.
+Each acts on every forward inside it and leaves no hook behind; `sink_scores` and every other method that runs whole
+sequences can be run inside.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from interp.attention._activations import reduce_activations, sizes
 from interp.attention._patterns import require_patterns
 from interp.attention.calibration import group_heads
 from interp.hooks import hook_name, interventions, names
+from interp.models import geometry
 
 Position = int | Literal["top"]
 
@@ -64,7 +66,9 @@ def set_activations(
         position: A position; or `"top"`, the one where the largest of the channels is in each sequence.
 
     Raises:
-        ValueError: If the layer, a channel or the position does not exist, or values and channels differ in number.
+        ValueError: If the layer, a channel or the position does not exist, or values and channels differ in number;
+            and in forwards that go on from a key-value cache, which hold a part of the positions (not noticed where
+            attention is delegated).
 
     Source:
         Sun et al. 2024 (arXiv:2402.17762), section 3: LLaMA2-7B, output of layer 2, channels 2533 and 1415; zero gives
@@ -83,7 +87,18 @@ def set_activations(
         new[rows, _positions(stream, chosen, position)[:, None], columns] = torch.tensor(numbers).to(stream)
         return new
 
-    with interventions(bridge, {hook_name("resid_post", layer): edit}):
+    def whole(pattern: Tensor) -> Tensor:
+        if pattern.shape[-1] != pattern.shape[-2]:
+            raise ValueError(
+                f"a forward of {pattern.shape[-2]} queries over {pattern.shape[-1]} keys: set_activations names a "
+                "position of the whole sequence; run it without a key-value cache"
+            )
+        return pattern
+
+    edits = {hook_name("resid_post", layer): edit}
+    if not geometry(bridge).delegated_attention:  # else a continued forward cannot be told from a whole one
+        edits = {hook_name("pattern", layer): whole, **edits}
+    with interventions(bridge, edits):
         yield
 
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp import stats
-from interp.attention._patterns import check_layers, reduce_patterns
+from interp.attention._patterns import check_layers, check_tokens, reduce_patterns
 from interp.models import provenance
 from interp.results import Result, labelled
 
@@ -41,6 +41,8 @@ def sink_importance(pattern: Float[Tensor, "*batch dest src"], *, diagonal: bool
             f"the pattern is {tuple(pattern.shape)}: {pattern.shape[-2]} queries and {n_pos} keys. A column of a part "
             f"of the queries (decoding with a cache) is not the statistic; run the whole sequence"
         )
+    if pattern.dtype != torch.float64:
+        pattern = pattern.float()  # half precision cannot count the queries, nor add up their weights
     columns = pattern.sum(-2)
     queries = torch.arange(n_pos, 0, -1, device=pattern.device, dtype=pattern.dtype)
     if diagonal:
@@ -180,6 +182,7 @@ def sink_scores(
         patterns of all sequences in memory; here each layer's is reduced inside the forward. `flags` adds a variant
         without the diagonal and a least number of queries, which they do not have.
     """
+    check_tokens(bridge, tokens)
     n, n_pos = tokens.shape
     chosen = list(range(n_pos)) if keys is None else [int(key) for key in keys]
     if wrong := [key for key in chosen if not 0 <= key < n_pos]:

@@ -72,7 +72,7 @@ def streaming_statistics(
     exponentials, learned sink included), `current_token`, `previous_token`, `offset_3`, ... (mass at an offset), and
     the mass of key sets and targets by name. Rows are never renormalised.
 
-    Extra memory is about three blocks [batch, head, block, pos], with 64 rows some 25 MiB per head at 32k positions.
+    Extra memory is about three blocks [batch, head, block, pos], with 64 rows 32 to 43 MiB per head at 32k positions.
 
     Args:
         q: Queries after any rotation and normalisation, not scaled yet; with `scale=1`, already scaled.
@@ -169,7 +169,9 @@ def stream_statistics(
     The model reads the tokens in blocks, continuing from its own cache of keys and values, so that a layer makes the
     pattern of one block of rows at a time; these rows are the model's own, whatever it does to them (rotation, soft
     caps, windows, gates, learned sinks, grouped keys), and are reduced where they appear. Costs one forward. Memory is
-    that of the cache plus some copies of [batch, head, block, pos] for one layer at a time.
+    that of the cache, some copies of [batch, head, block, pos] for one layer at a time, and the statistics of all
+    chosen layers: 72 bytes per layer, head and position with the default options (2.3 GiB for 32 x 32 heads at 32k;
+    choose fewer layers at a time where that is too much).
 
     Args:
         layers: Layers to measure, all by default; the others are NaN.

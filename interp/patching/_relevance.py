@@ -51,7 +51,7 @@ def relevance(
         install(stack)
         after = stack.enter_context(hooks.taps(bridge, [*where.values(), *norms]))
         streams = stack.enter_context(hooks.reads(bridge, mids))
-        with torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad():
             scores = metric(bridge(tokens, use_cache=False))
             nodes = {**before, **after}
             grads = torch.autograd.grad(scores.sum(), list(nodes.values()), allow_unused=True)

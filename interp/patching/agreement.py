@@ -269,6 +269,12 @@ def check_comparable(reference: Effects, approximation: Effects) -> None:
                 f"the two results differ in the coordinate {str(dim)!r}: {_some(mine)} in the reference and "
                 f"{_some(other)} in the approximation; run both on the same layers, positions, units and prompts"
             )
+    for key in ("model", "revision", "prompts"):
+        mine, other = reference.provenance.get(key), approximation.provenance.get(key)
+        if mine is not None and other is not None and mine != other:
+            raise ValueError(
+                f"the reference is of {key} {mine!r} and the approximation of {other!r}: two different experiments"
+            )
     for name, array in (("reference", a), ("approximation", b)):
         bad = int((~np.isfinite(array.values)).sum())
         if bad:

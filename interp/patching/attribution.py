@@ -83,8 +83,9 @@ def attribution_patch(
             every site unless it is a mapping from sites to axes. A cell that joins positions or units is the sum of its
             parts.
         steps: Points of integrated gradients.
-        points: Where they lie: `"gauss_legendre"`, `"midpoint"`, or the `"left"` and `"right"` sums that published
-            code uses and that need ten times the steps.
+        points: Where they lie: `"gauss_legendre"`, `"midpoint"`, or the `"left"` and `"right"` sums of published code.
+            Gauss-Legendre is best where the metric is smooth along the line; where it jumps none is, and 5 points can
+            be 10 % off: look at `completeness`.
         rules: With integrated gradients, backward rules in place of the gradient along the line.
         qk_fix: With `method="gradient"`: scores of `q` and `k` are the exact change of the attention pattern times the
             gradient at the pattern, instead of linear through a softmax that may be saturated. One more forward for
@@ -104,7 +105,8 @@ def attribution_patch(
 
     Raises:
         ValueError: If an option is unknown, does not fit the site, method or model, if the metric has no gradient, or
-            the budget is too small. `UnsupportedModule` (a ValueError) if a rule does not fit the model.
+            the budget is too small; and, after the passes, if the gradient turns out to be zero in every example.
+            `UnsupportedModule` (a ValueError) if a rule does not fit the model.
         RuntimeError: If the model is in training mode.
 
     Source:
@@ -203,11 +205,15 @@ def _check_options(
     choice("direction", direction, DIRECTIONS)
     choice("value", value, _REFERENCE)
     name = method if isinstance(method, str) else "these rules"
-    shut = [site for site, factor in zip("qk", rules.qkv, strict=False) if rules.attention == "AH" or factor == 0]
+    shut = [
+        site
+        for site, factor in zip("qkv", rules.qkv, strict=True)
+        if factor == 0 or (rules.attention == "AH" and site != "v")
+    ]
     if blocked := [site for site in sites if site in shut]:
         raise ValueError(
             f"no relevance reaches {' and '.join(map(repr, blocked))} with {name}: the attention pattern is held "
-            "constant; ask for 'v', 'z' or 'pattern', or use method='relp' or 'gradient'"
+            "constant, or the factor in qkv is 0; ask for 'v', 'z' or 'pattern', or use method='relp' or 'gradient'"
         )
     for option, on in (("qk_fix", qk_fix), ("grad_drop", grad_drop)):
         if on and method != "gradient":

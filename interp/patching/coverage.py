@@ -118,12 +118,18 @@ def _whole(bridge: Any) -> list[dict[str, str]]:
 
 def _probed(bridge: Any) -> tuple[Any, Parts, list[dict[str, str]]]:
     flags = ("use_attn_result", "use_split_qkv_input", "use_attn_in", "use_hook_mlp_in")
-    key = (fingerprint(bridge), bool(bridge.compatibility_mode), *(getattr(bridge.cfg, f, False) for f in flags))
+    implementation = getattr(bridge.original_model.config, "_attn_implementation", None)
+    key = (
+        fingerprint(bridge),
+        bool(bridge.compatibility_mode),
+        implementation,
+        *(getattr(bridge.cfg, f, False) for f in flags),
+    )
     known = _known.get(bridge)
     if known is None or known[0] != key:
         with without_hooks(bridge):
             parts = find_parts(bridge)
-            with torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad():
                 rows = [] if parts.refused else _conservation_row(bridge, parts)
         known = _known[bridge] = (key, parts, rows)
     return known

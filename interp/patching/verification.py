@@ -199,8 +199,10 @@ def verify(
         >>> scores = interp.patching.attribution_patch(bridge, p, m, method="relp", sites=["mlp_out"])["mlp_out"]
         >>> interp.patching.verify(bridge, p, m, scores)
     """
-    if k < 1 or n_random < 0:
-        raise ValueError(f"k={k} and n_random={n_random}: expected at least 1 and 0 cells")
+    if k < 1 or n_random < 1:
+        raise ValueError(
+            f"k={k} and n_random={n_random}: expected at least 1 of both; the top alone cannot show what was missed"
+        )
     if not 0 < level < 1 or n_resamples < 100:
         raise ValueError(f"level={level} must lie between 0 and 1, and n_resamples={n_resamples} be at least 100")
     again = rerun(bridge, prompts, metric, scores, memory_budget=memory_budget, batch_size=batch_size)

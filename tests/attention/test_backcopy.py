@@ -144,6 +144,8 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been(training, tmp_path):
         assert whole["layer"].nunique() == int(name[-1])
     with pytest.raises(ValueError, match="is of another run"):
         training.train("relu-sgd-3", task, **{**sizes, "batch": 5}, state_file=state)
+    with pytest.raises(ValueError, match="is of another run"):
+        training.train("relu-sgd-3", backcopy_task(TEXT, n_triggers=2), **sizes, state_file=state)
     with pytest.raises(ValueError, match="expected attention-optimizer-layers"):
         training.train("gelu-adamw-1", task)
 

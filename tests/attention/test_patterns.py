@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from interp import attention
 from interp.attention import reduce_patterns
 from interp.hooks import hook_name, interventions
 from tests.helpers import D_HEAD, FAMILIES, MORE_FAMILIES, N_HEADS, fresh_bridge, tiny_bridge, tiny_tokens
@@ -134,3 +135,10 @@ def test_what_is_refused() -> None:
     training.train()
     with pytest.raises(RuntimeError, match="training mode"):
         reduce_patterns(training, tokens, whole)
+
+
+def test_no_public_name_is_hidden_by_a_module_of_the_same_name() -> None:
+    """Importing such a module would put it in the place of the function."""
+    for name, home in attention._HOMES.items():
+        assert name != home.rsplit(".", 1)[1]
+        assert callable(getattr(attention, name)) or not name.islower()

@@ -17,7 +17,7 @@ from interp.attention.sink_interventions import (
 )
 from interp.attention.sinks import sink_scores
 from interp.cache import capture
-from interp.hooks import hook_name
+from interp.hooks import hook_name, prefix_cache, run_suffix
 from tests.attention.planted_sinks import plant, planted_bridge, planted_tokens
 from tests.helpers import FAMILIES, tiny_bridge, tiny_tokens
 
@@ -217,3 +217,15 @@ def test_errors_about_the_sequence():
         bridge(tokens)
     with pytest.raises(ValueError, match="cannot be replaced"):
         redirect_attention(tiny_bridge("gptj"), [(0, 0)]).__enter__()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("position", [0, "top"])
+def test_a_position_is_not_set_in_a_part_of_a_sequence(family: str, position):
+    """A forward that goes on from a cache begins at a later token, which is not position 0 of the sequence."""
+    bridge, tokens = tiny_bridge(family), tiny_tokens(2, 9)
+    cache = prefix_cache(bridge, tokens[:, :5])
+    with set_activations(bridge, 0, [1, 2], 3.0, position=position):
+        bridge(tokens)
+        with pytest.raises(ValueError, match="a forward of 4 queries over 9 keys.*without a key-value cache"):
+            run_suffix(bridge, tokens[:, 5:], cache)

@@ -188,6 +188,15 @@ def test_different_experiments_are_refused(change: dict[str, Any], message: str)
         agreement(exact, dataclasses.replace(scores, **change))
 
 
+def test_other_prompts_and_models_are_refused() -> None:
+    exact, scores = drawn()
+    for key, (mine, other) in {"prompts": ({"seed": 0}, {"seed": 5}), "revision": ("sha256:a", "sha256:b")}.items():
+        one = dataclasses.replace(exact, provenance={**exact.provenance, key: mine})
+        with pytest.raises(ValueError, match=f"the reference is of {key} .*two different experiments"):
+            agreement(one, dataclasses.replace(scores, provenance={**scores.provenance, key: other}))
+        agreement(one, dataclasses.replace(scores, provenance={**scores.provenance, key: mine}))
+
+
 @pytest.mark.usefixtures("unchecked")
 def test_refusals_say_what_is_wrong() -> None:
     exact, scores = drawn()

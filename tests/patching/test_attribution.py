@@ -605,6 +605,10 @@ def test_further_families(family: str) -> None:
         ({"method": "relp_ah", "sites": ("q", "z")}, "no relevance reaches 'q' with relp_ah.*held constant"),
         ({"method": "cp_lrp", "sites": ("k", "q")}, "no relevance reaches 'k' and 'q' with cp_lrp"),
         ({"method": Rules(qkv=(0, 1, 1)), "sites": "q"}, "no relevance reaches 'q' with these rules"),
+        (
+            {"method": Rules(qkv=(1, 1, 0)), "sites": "v"},
+            "no relevance reaches 'v' with these rules.*factor in qkv is 0",
+        ),
         ({"method": "integrated_gradients", "rules": "cp_lrp", "sites": "q"}, "no relevance reaches 'q'"),
         ({"qk_fix": True}, "qk_fix=True is about the sites 'q' and 'k'"),
         ({"qk_fix": True, "method": "relp", "sites": "q"}, "qk_fix=True repairs method='gradient'; here method='relp'"),

@@ -124,6 +124,8 @@ def masking_curve(
     Source:
         Wu et al. 2024 (arXiv:2404.15574), section 4; its code masks by `"uniform"`, `"decode"`.
     """
+    if max_new_tokens is not None and max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1, or None for the length of the answer")
     steps = max_new_tokens or max(len(sample.answer) for sample in needles.samples)
     require_decoding(bridge, edit=mask in ("uniform", "bos"))
     check_needles(bridge, needles, steps)
