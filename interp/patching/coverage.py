@@ -27,7 +27,7 @@ def rule_coverage(bridge: Any, preset: Preset | Rules) -> pd.DataFrame:
     """One row per module: its `kind`, the `rule` it gets, `status` and `detail`.
 
     `status` is `"applied"` (its backward pass is changed), `"not applicable"` (linear, or the rules leave it alone, or
-    nothing flows back to it) or `"unsupported"` (`backward_rules` raises). Costs a few forwards of five tokens, once
+    nothing flows back to it) or `"unsupported"` (`backward_rules` raises). Costs a few forwards of a few tokens, once
     per model.
     """
     import pandas as pd

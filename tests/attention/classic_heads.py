@@ -11,11 +11,9 @@ import random
 from typing import Any
 
 import torch
-from transformer_lens import TransformerBridge
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from interp.prompts import Prompts
-from tests.helpers import tiny_tokenizer
+from tests.attention.planted import small_gpt2
 
 D_VOCAB, N_POS, D_HEAD, N_HEADS, N_LAYERS = 48, 64, 64, 6, 3
 D_MODEL = D_HEAD * N_HEADS
@@ -45,18 +43,9 @@ two tokens back; the blind one looks where an induction head does and writes not
 
 @functools.cache
 def _bridge() -> Any:
-    config = AutoConfig.for_model(
-        "gpt2", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_inner=8, n_positions=N_POS,
-        bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False,
-    )  # fmt: skip
-    with torch.random.fork_rng(devices=[]):
-        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
-    bridge = TransformerBridge.boot_transformers(
-        "classic", hf_model=model, tokenizer=tiny_tokenizer(), device="cpu", dtype=torch.float32
+    return small_gpt2(
+        "classic", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_POS
     )
-    bridge.eval()
-    bridge.requires_grad_(False)
-    return bridge
 
 
 @torch.no_grad()

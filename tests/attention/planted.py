@@ -41,20 +41,27 @@ class Plan:
         return [head for head, role in self.roles.items() if role in roles]
 
 
-@functools.cache
-def _bridge() -> Any:
+def small_gpt2(name: str, **sizes: int) -> Any:
+    """A bridge of a GPT-2 of these sizes, in evaluation mode, whose weights a test then sets."""
     config = AutoConfig.for_model(
-        "gpt2", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_inner=8, n_positions=N_POS,
+        "gpt2", **sizes, n_inner=8,
         bos_token_id=0, eos_token_id=0, pad_token_id=1, tie_word_embeddings=False,
     )  # fmt: skip
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
     bridge = TransformerBridge.boot_transformers(
-        "planted", hf_model=model, tokenizer=tiny_tokenizer(), device="cpu", dtype=torch.float32
+        name, hf_model=model, tokenizer=tiny_tokenizer(), device="cpu", dtype=torch.float32
     )
     bridge.eval()
     bridge.requires_grad_(False)
     return bridge
+
+
+@functools.cache
+def _bridge() -> Any:
+    return small_gpt2(
+        "planted", vocab_size=D_VOCAB, n_embd=D_MODEL, n_layer=N_LAYERS, n_head=N_HEADS, n_positions=N_POS
+    )
 
 
 @torch.no_grad()

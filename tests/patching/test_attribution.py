@@ -23,7 +23,7 @@ from interp.patching.attribution import attribution_patch
 from interp.types import SITES
 from tests.helpers import FAMILIES, MORE_FAMILIES, N_LAYERS, fresh_bridge, tiny_bridge
 from tests.patching.oracle import POS, N, activations, patched, prompts
-from tests.patching.test_known_answers import blank, bridge_of, effect, logit, one_token
+from tests.patching.test_known_answers import blank, bridge_of, effect, logit, micro_model, one_token
 
 STREAM = ("resid_pre", "resid_mid", "resid_post", "attn_out", "mlp_out")
 METHODS = ("gradient", "integrated_gradients", "relp", "relp_ah", "cp_lrp", "attnlrp", "gim")
@@ -95,12 +95,9 @@ def close(effects: Effects, expected: Any, tolerance: float = 1e-10) -> bool:
 
 
 def micro() -> Any:
-    model = blank(d_model=2, d_vocab=2, n_layers=2, n_heads=2)
+    model = micro_model()
     with torch.no_grad():
-        model.model.embed_tokens.weight.copy_(torch.tensor([[1.0, 1.0], [-1.0, -1.0]]))
-        model.lm_head.weight.copy_(torch.eye(2))
         for layer in model.model.layers:
-            layer.self_attn.o_proj.weight.copy_(torch.tensor([[1.0, 0, 3, 0], [0, 2, 0, 4]]))
             for matrix in (layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight):
                 matrix.normal_(generator=torch.Generator().manual_seed(0))  # a single token attends to itself anyway
     return model

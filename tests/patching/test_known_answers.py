@@ -64,8 +64,7 @@ def effect(effects: Effects) -> torch.Tensor:
     return torch.tensor(effects.values.values).squeeze(-1)
 
 
-@pytest.fixture(scope="module")
-def micro() -> Any:
+def micro_model() -> Any:
     """The linear micro-model: in each of two layers two heads multiply the stream by [1, 2] and by [3, 4]."""
     model = blank(d_model=2, d_vocab=2, n_layers=2, n_heads=2)
     with torch.no_grad():
@@ -73,7 +72,12 @@ def micro() -> Any:
         model.lm_head.weight.copy_(torch.eye(2))
         for layer in model.model.layers:
             layer.self_attn.o_proj.weight.copy_(torch.tensor([[1.0, 0, 3, 0], [0, 2, 0, 4]]))
-    return bridge_of(model)
+    return model
+
+
+@pytest.fixture(scope="module")
+def micro() -> Any:
+    return bridge_of(micro_model())
 
 
 def test_the_micro_model_gives_its_hand_worked_outputs(micro: Any) -> None:
