@@ -10,6 +10,8 @@ os.environ["INTERP_PROGRESS"] = "0"
 os.environ["TQDM_DISABLE"] = "1"
 os.environ["OMP_NUM_THREADS"] = "1"
 
+from collections.abc import Iterator
+
 import pytest
 
 
@@ -27,3 +29,13 @@ def _skip_without_gpu(request: pytest.FixtureRequest) -> None:
 
         if not torch.cuda.is_available():
             pytest.skip("no CUDA device on this machine")
+
+
+@pytest.fixture
+def unchecked() -> Iterator[None]:
+    """Switches runtime type checks off, so that a test reaches the message that a user without them would see."""
+    import jaxtyping
+
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)

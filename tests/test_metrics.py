@@ -1,9 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import jaxtyping
 import pytest
 import torch
 from hypothesis import given, settings
@@ -45,14 +44,6 @@ SINGLE: dict[str, Callable[[Prompts], ExampleMetric]] = {
 }
 SMOOTH = [name for name in SINGLE if name not in ("answer_rank", "accuracy")]
 EVERY = {**SINGLE, "kl_all_positions": lambda p: metrics.kl_divergence(make_logits(9))}
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switches runtime type checks off, so that a test reaches the message that a user without them would see."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def by_hand(name: str, p: Prompts, logits: Tensor) -> Tensor:

@@ -1,9 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-import jaxtyping
 import numpy as np
 import pytest
 import scipy.stats
@@ -13,14 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from interp import stats
-
-
-@pytest.fixture
-def unchecked() -> Iterator[None]:
-    """Switches runtime type checks off, so that a test reaches the message that a user without them would see."""
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 def sample(*shape: int, seed: int = 0) -> np.ndarray:

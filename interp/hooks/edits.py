@@ -136,7 +136,7 @@ def interventions(
         def apply(tensor: Tensor) -> Tensor:
             version = None if tensor.is_inference() else tensor._version
             new = fn(tensor)
-            _check_edit(name, tensor, new, version)
+            check_edit(name, tensor, new, version)
             fired[name] += 1
             if must_change and not changed[name]:
                 changed[name] = not torch.equal(new, tensor)
@@ -269,7 +269,7 @@ def _resid_mid_layer(bridge: Any, name: str) -> int:
     return layer
 
 
-def _check_edit(name: str, old: Tensor, new: Any, version: int | None) -> None:
+def check_edit(name: str, old: Tensor, new: Any, version: int | None) -> None:
     if version is not None and old._version != version:
         raise ValueError(
             f"the edit at {name!r} changed its input in place; return a new tensor (tensor = tensor.clone() first)"

@@ -29,13 +29,3 @@ def letters() -> Any:
 @pytest.fixture(scope="session")
 def words() -> Any:
     return stub(word_level(), n_ctx=16)
-
-
-@pytest.fixture
-def unchecked() -> Any:
-    """Switches runtime type checks off, so that a test reaches the message that a user without them would see."""
-    import jaxtyping
-
-    jaxtyping.config.update("jaxtyping_disable", True)
-    yield
-    jaxtyping.config.update("jaxtyping_disable", False)
