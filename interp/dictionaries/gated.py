@@ -5,7 +5,9 @@ The L1 penalty acts on the gate only, so that magnitudes are not shrunk; a secon
 the gate its gradient.
 
 Source: Rajamanoharan et al. 2024 (arXiv 2404.16014), section 3. There, and in dictionary_learning, the decoder is
-detached in the second reconstruction; SAELens lets the gradient through (`detach_decoder=False`).
+detached in the second reconstruction and has rows of norm 1, both our defaults. SAELens lets the gradient through and
+leaves the rows free (`detach_decoder=False, decoder="free"`). Detached and free is refused: the penalty would shrink
+the rows for nothing in return, and training ends with every latent on.
 """
 
 from __future__ import annotations
@@ -37,9 +39,13 @@ class GatedSAE(Dictionary):
     ) -> None:
         if coefficient < 0:
             raise ValueError(f"coefficient={coefficient}; expected 0 or more")
-        if options.get("decoder") == "rescaled":
-            raise ValueError('decoder="rescaled" is not defined for gated dictionaries; use "free" or "unit"')
-        super().__init__(d_in, n_latents, **options)
+        decoder = options.pop("decoder", "unit" if detach_decoder else "free")
+        if decoder == "rescaled" or (detach_decoder and decoder == "free"):
+            raise ValueError(
+                f'decoder={decoder!r} with detach_decoder={detach_decoder}: gated dictionaries take "unit", or "free" '
+                f"with detach_decoder=False"
+            )
+        super().__init__(d_in, n_latents, decoder=decoder, **options)
         self.coefficient, self.detach_decoder = float(coefficient), detach_decoder
 
     def _add_parameters(self, dtype: torch.dtype, device: torch.device) -> None:

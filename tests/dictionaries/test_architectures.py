@@ -317,6 +317,8 @@ def test_a_transcoder_rebuilds_another_hook() -> None:
         ("relu", {"decoder": "fixed"}, "fixed"),
         ("relu", {"target_hook": "b", "subtract_bias": True}, "belongs to its target"),
         ("relu", {"target_hook": "b", "normalisation": "layer_norm"}, "not those of a"),
+        ("gated", {"decoder": "free"}, "with detach_decoder=False"),
+        ("gated", {"decoder": "rescaled", "detach_decoder": False}, "rescaled"),
         ("topk", {"k": 2.5}, "a whole number"),
         ("topk", {"k": H + 1}, f"1 to {H}"),
         ("topk", {"aux": "best"}, "best"),

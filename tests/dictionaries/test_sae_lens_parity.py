@@ -88,7 +88,7 @@ def test_the_auxiliary_losses_are_in_the_reference() -> None:
 def test_a_detached_decoder_gets_no_gradient_from_the_gate() -> None:
     """The paper's form, our default; SAELens lets it through."""
     reference = data()["gated/gradients/W_dec"]
-    detached, _ = ours("gated", detach_decoder=True)
+    detached, _ = ours("gated", detach_decoder=True, decoder="unit")
     assert detached.W_dec.grad is not None
     assert worst(detached.W_dec.grad, reference) > 1e-2
     attached, _ = ours("gated", detach_decoder=False)

@@ -1,0 +1,195 @@
+"""Where training batches come from: tensors, a store on disk, or a model that runs as they are needed.
+
+A batch is a function of the seed and of its number alone, so that a run that was killed goes on with the batch that it
+would have had, and several dictionaries can be compared on the same batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from interp.cache import ActivationStore, capture
+
+
+class Source(Protocol):
+    """Endless batches of activations by hook, [token, width], the same for the same `batch_size`, `seed` and number."""
+
+    @property
+    def hooks(self) -> list[str]: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What identifies the data, as plain values: a resumed run refuses other data."""
+        ...
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]: ...
+
+
+@dataclass(frozen=True)
+class TensorSource:
+    """Activations in memory, by hook, with equal numbers of rows [token, ...]; wider ones are flattened per token."""
+
+    tensors: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        rows = {name: len(tensor) for name, tensor in self.tensors.items()}
+        if not rows or len(set(rows.values())) != 1 or 0 in rows.values():
+            raise ValueError(f"activations have {rows or 'no'} rows; expected the same number, above 0, for every hook")
+        for name, tensor in self.tensors.items():
+            if tensor.ndim < 2 or not tensor.is_floating_point():
+                raise ValueError(f"{name!r} is {tensor.dtype} {tuple(tensor.shape)}; expected floats [token, width]")
+
+    @property
+    def hooks(self) -> list[str]:
+        return list(self.tensors)
+
+    def describe(self) -> dict[str, Any]:
+        first = {name: [float(t.reshape(-1)[0]), float(t.reshape(-1)[-1])] for name, t in self.tensors.items()}
+        return {"kind": "tensors", "shapes": {n: list(t.shape) for n, t in self.tensors.items()}, "ends": first}
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        n = len(next(iter(self.tensors.values())))
+        for rows in _shuffled_rows(n, batch_size, seed, start):
+            yield {name: tensor[rows].flatten(1) for name, tensor in self.tensors.items()}
+
+
+@dataclass(frozen=True)
+class StoreSource:
+    """Activations that `interp.cache.harvest` wrote to disk, read as needed (see `ActivationStore.batches`)."""
+
+    store: ActivationStore
+    names: tuple[str, ...]
+
+    @property
+    def hooks(self) -> list[str]:
+        return list(self.names)
+
+    def describe(self) -> dict[str, Any]:
+        return {"kind": "store", "n_tokens": self.store.n_tokens, "hooks": list(self.names)}
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        reader = self.store.batches(
+            batch_size, hooks=list(self.names), seed=seed, epochs=None, start=start, drop_last=True
+        )
+        for batch in reader:
+            yield {name: batch[name].float().flatten(1) for name in self.names}
+
+
+@dataclass(frozen=True)
+class LiveSource:
+    """A model that runs while training: nothing is stored. Costs one forward, up to the last hook, per token and epoch.
+
+    Attributes:
+        tokens: [text, pos].
+        names: Hooks that are read.
+        texts_per_buffer: Activations of so many texts are mixed with each other.
+        skip_first: Positions at the start of each text that are left out (BOS: 1).
+    """
+
+    bridge: Any
+    tokens: Int[Tensor, "text pos"]
+    names: tuple[str, ...]
+    texts_per_buffer: int = 256
+    skip_first: int = 1
+
+    def __post_init__(self) -> None:
+        n, length = self.tokens.shape
+        if not 0 <= self.skip_first < length or not self.texts_per_buffer >= 1:
+            raise ValueError(
+                f"skip_first={self.skip_first} of {length} positions, texts_per_buffer={self.texts_per_buffer}: "
+                f"nothing would be left to train on"
+            )
+
+    @property
+    def hooks(self) -> list[str]:
+        return list(self.names)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "live",
+            "model": str(self.bridge.cfg.model_name),
+            "hooks": list(self.names),
+            "shape": list(self.tokens.shape),
+            "sum": int(self.tokens.sum()),
+            "texts_per_buffer": self.texts_per_buffer,
+            "skip_first": self.skip_first,
+        }
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        n, length = self.tokens.shape
+        texts = min(self.texts_per_buffer, n)
+        per_buffer = texts * (length - self.skip_first) // batch_size
+        if per_buffer == 0:
+            raise ValueError(
+                f"{texts} texts of {length - self.skip_first} tokens give no batch of {batch_size}; take a larger "
+                f"texts_per_buffer or a smaller batch"
+            )
+        number = start // per_buffer  # buffers before the first one needed are not computed
+        chosen = _shuffled_rows(n, texts, seed, number)
+        while True:
+            found = capture(self.bridge, self.tokens[next(chosen)], list(self.names))
+            flat = {name: value[:, self.skip_first :].flatten(0, 1).flatten(1) for name, value in found.items()}
+            order = torch.randperm(texts * (length - self.skip_first), generator=_draws(seed, number, 1))
+            for i in range(start % per_buffer if number == start // per_buffer else 0, per_buffer):
+                rows = order[i * batch_size : (i + 1) * batch_size]
+                yield {name: value[rows.to(value.device)].float() for name, value in flat.items()}
+            number += 1
+
+
+def as_source(activations: Any, hook: str, target_hook: str | None) -> Source:
+    """Tensors, a pair of them for a transcoder, a store, or a source, as a source of these hooks."""
+    wanted = [hook] if target_hook is None else [hook, target_hook]
+    if isinstance(activations, Tensor):
+        if target_hook is not None:
+            raise ValueError("a transcoder is trained on a pair of tensors: (inputs, targets)")
+        return TensorSource({hook: activations})
+    if isinstance(activations, tuple):
+        if len(activations) != 2:
+            raise ValueError(f"{len(activations)} tensors; a transcoder is trained on a pair: (inputs, targets)")
+        if target_hook is None:
+            raise ValueError("a pair of tensors is for transcoders; an autoencoder is trained on one")
+        return TensorSource(dict(zip(wanted, activations, strict=True)))
+    if isinstance(activations, ActivationStore):
+        missing = [name for name in wanted if name not in activations.hooks]
+        if missing:
+            raise ValueError(f"the store holds {', '.join(activations.hooks)}; {', '.join(missing)} is not among them")
+        return StoreSource(activations, tuple(wanted))
+    if not hasattr(activations, "batches") or not hasattr(activations, "describe"):
+        raise TypeError(
+            f"activations are a {type(activations).__name__}; expected a tensor [token, width], a pair of them, an "
+            f"ActivationStore, or a LiveSource"
+        )
+    if missing := [name for name in wanted if name not in activations.hooks]:
+        raise ValueError(f"the source gives {', '.join(activations.hooks)}; {', '.join(missing)} is not among them")
+    return activations
+
+
+def _draws(*numbers: int) -> torch.Generator:
+    seed = 0
+    for number in numbers:
+        seed = (seed * 1_000_003 + number + 1) % 2**63
+    return torch.Generator().manual_seed(seed)
+
+
+def _shuffled_rows(n: int, size: int, seed: int, start: int) -> Iterator[Int[Tensor, " batch"]]:
+    """Batches of row numbers, every row at most once per epoch; the last rows of an epoch that fill no batch are left
+    out of it."""
+    if not 1 <= size <= n:
+        raise ValueError(f"batches of {size} from {n} rows; expected 1 to {n}")
+    per_epoch = n // size
+    epoch, within = divmod(start, per_epoch)
+    while True:
+        order = torch.randperm(n, generator=_draws(seed, epoch))
+        for i in range(within, per_epoch):
+            yield order[i * size : (i + 1) * size]
+        epoch, within = epoch + 1, 0
+
+
+def widths(source: Source, batch_size: int, seed: int) -> dict[str, int]:
+    """Width of every hook's activations, from the first batch."""
+    return {name: tensor.shape[1] for name, tensor in next(iter(source.batches(batch_size, seed=seed))).items()}

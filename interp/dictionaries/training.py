@@ -1,0 +1,204 @@
+"""Training dictionaries: several in one pass over the data, resumable to the bit, with a target L0 if wanted.
+
+A run with a path keeps `state.safetensors` (weights, Adam's moments, counts, controller, history) beside it, replaced
+as a whole; killed at any moment, it goes on from the last one and ends with the same bits as if it had not been. At the
+end `dictionary.safetensors` is written, with normalising constants folded in.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from interp.dictionaries._run import Run
+from interp.dictionaries.architectures import build
+from interp.dictionaries.dictionary import Dictionary
+from interp.dictionaries.sources import Source, as_source, widths
+from interp.dictionaries.training_config import TrainingConfig
+
+
+class TrainingDiverged(RuntimeError):
+    """A loss that is not a number; the message says where the last good state is."""
+
+
+def train(
+    config: TrainingConfig,
+    activations: Any,
+    *,
+    path: str | Path | None = None,
+    resume: bool = True,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> Dictionary:
+    """Train one dictionary.
+
+    Args:
+        config: What and how.
+        activations: A tensor [token, width] (for transcoders a pair: inputs, targets), an `ActivationStore` that holds
+            the hooks, or a `LiveSource`.
+        path: Folder for checkpoints and the result; nothing is written without.
+        resume: Go on from the checkpoint there; False starts anew.
+
+    Returns:
+        The dictionary in normalised units, as trained; `folded()` gives one for raw activations without constants, and
+        `.metadata["history"]` the curves: a list of entries with step, loss, l0, fvu, dead, rate and coefficient.
+
+    Raises:
+        ValueError: For settings or data that do not fit, or a checkpoint of other settings or data, before any step.
+        TrainingDiverged: If a loss is not finite.
+    """
+    return train_many([config], activations, paths=[path], resume=resume, device=device, progress=progress)[0]
+
+
+def train_many(
+    configs: Sequence[TrainingConfig],
+    activations: Any,
+    *,
+    paths: Sequence[str | Path | None] | None = None,
+    resume: bool = True,
+    device: str | torch.device = "cpu",
+    progress: bool = False,
+) -> list[Dictionary]:
+    """Train several dictionaries on the same batches, each read once: seeds, widths, architectures, coefficients.
+
+    They must agree on `batch_size`, `n_steps` and `seed`, which make the batches, and the source must give all their
+    hooks. See `train`.
+    """
+    runs, source = _prepare(configs, activations, paths, resume, device)
+    first = configs[0]
+    start = min(run.step for run in runs)
+    bar = tqdm(total=first.n_steps, initial=start, desc="training", unit="step", disable=None if progress else True)
+    with bar:
+        batches = source.batches(first.batch_size, seed=first.seed, start=start)
+        for step in range(start, first.n_steps):
+            batch = next(batches)
+            for run in runs:
+                if run.step == step:
+                    _advance(run, batch)
+            bar.set_postfix_str(str(runs[0]), refresh=False)
+            bar.update()
+    for run in runs:
+        run.finish()
+    return [run.dictionary for run in runs]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a training run will take, from a few steps that were run and thrown away.
+
+    Attributes:
+        seconds: For all steps.
+        parameters: Trained numbers, of all dictionaries.
+        bytes: Weights, gradients and Adam's moments, of all dictionaries; activations of a batch come on top.
+    """
+
+    seconds: float
+    parameters: int
+    bytes: int
+    tokens_per_second: float
+
+    def __str__(self) -> str:
+        minutes = f"{self.seconds / 60:.1f} min" if self.seconds > 90 else f"{self.seconds:.0f} s"
+        return (
+            f"about {minutes} at {self.tokens_per_second:,.0f} tokens/s, {self.bytes / 2**20:,.0f} MiB for the weights"
+        )
+
+
+def dry_run(
+    configs: TrainingConfig | Sequence[TrainingConfig],
+    activations: Any,
+    *,
+    steps: int = 3,
+    device: str | torch.device = "cpu",
+) -> Estimate:
+    """Time and memory of a training run, from `steps` steps after a first one; writes nothing, changes nothing."""
+    many = [configs] if isinstance(configs, TrainingConfig) else list(configs)
+    if steps < 1:
+        raise ValueError(f"steps={steps}; expected at least 1")
+    runs, source = _prepare(many, activations, None, False, device)
+    batches = source.batches(many[0].batch_size, seed=many[0].seed)
+    began = 0.0
+    for i in range(steps + 1):
+        if i == 1:
+            began = time.perf_counter()
+        batch = next(batches)
+        for run in runs:
+            run.advance(batch)
+    per_step = (time.perf_counter() - began) / steps
+    parameters = sum(p.numel() for run in runs for p in run.dictionary.parameters())
+    size = sum(p.numel() * p.element_size() for run in runs for p in run.dictionary.parameters())
+    return Estimate(per_step * many[0].n_steps, parameters, 4 * size, many[0].batch_size / per_step)
+
+
+def _advance(run: Run, batch: Any) -> None:
+    try:
+        run.advance(batch)
+    except FloatingPointError as error:
+        kept = f"; the state of step {run.saved} is in {run.path}" if run.saved is not None else ""
+        raise TrainingDiverged(
+            f"step {run.step}: {error}{kept}. Lower the learning rate ({run.config.learning_rate:g}), or look at the "
+            f"activations of this batch"
+        ) from error
+
+
+def _prepare(
+    configs: Sequence[TrainingConfig],
+    activations: Any,
+    paths: Sequence[str | Path | None] | None,
+    resume: bool,
+    device: str | torch.device,
+) -> tuple[list[Run], Source]:
+    if not configs:
+        raise ValueError("no configurations: nothing to train")
+    first = configs[0]
+    for name in ("batch_size", "n_steps", "seed"):
+        if len({getattr(config, name) for config in configs}) > 1:
+            raise ValueError(
+                f"configurations differ in {name} ({', '.join(str(getattr(c, name)) for c in configs)}): dictionaries "
+                f"trained together share their batches; train the others by themselves"
+            )
+    folders = [None] * len(configs) if paths is None else [None if p is None else Path(p) for p in paths]
+    if len(folders) != len(configs):
+        raise ValueError(f"{len(folders)} paths for {len(configs)} configurations; expected one each")
+    named = [folder for folder in folders if folder is not None]
+    if len(set(named)) != len(named):
+        raise ValueError(f"two configurations write to one folder: {', '.join(map(str, named))}")
+    pairs = {(c.dictionary.get("hook", ""), c.dictionary.get("target_hook")) for c in configs}
+    sources = [as_source(activations, *pair) for pair in sorted(pairs, key=str)]
+    if len(sources) > 1 and isinstance(activations, (Tensor, tuple)):
+        raise ValueError(f"dictionaries of several hooks ({sorted(map(str, pairs))}) need a store or a LiveSource")
+    source = sources[0] if len(sources) == 1 else _joined(sources, activations)
+    size = widths(source, first.batch_size, first.seed)
+    runs = []
+    for config, folder in zip(configs, folders, strict=True):
+        settings = dict(config.dictionary)
+        hook, target = settings.get("hook", ""), settings.get("target_hook")
+        settings = _sized(settings, "d_in", size[hook])
+        if target is not None:
+            settings = _sized(settings, "d_out", size[target])
+        dictionary = build(settings, device=device)
+        runs.append(Run(replace(config, dictionary=settings), dictionary, source, folder, resume=resume))
+    return runs, source
+
+
+def _joined(sources: list[Source], activations: Any) -> Source:
+    """One source of all hooks: of a store its columns, of others themselves."""
+    from interp.dictionaries.sources import StoreSource
+
+    if isinstance(sources[0], StoreSource):
+        names = tuple(dict.fromkeys(name for source in sources for name in source.hooks))
+        return StoreSource(sources[0].store, names)
+    return sources[0]
+
+
+def _sized(settings: dict[str, Any], name: str, width: int) -> dict[str, Any]:
+    if settings.get(name, width) != width:
+        raise ValueError(f"{name}={settings[name]}, but the activations are {width} wide")
+    return {**settings, name: width}
