@@ -4,10 +4,10 @@
 
 `dense` is a step written from a description of SAELens 6: dense encoder and decoder products forward and backward,
 pre-activations and latents scaled by the decoder's norms, gradients clipped, Adam. Both start from the same weights
-and see the same batches; losses after the last step are compared. Where SAELens itself is to be had (it cannot be installed
-beside TransformerLens 4.3), `python experiments/bench/sae_step.py PYTHON` runs its own trainer class, in the environment
-of that interpreter, on the same sizes, one after the other on the same machine. Times are process seconds of one CPU
-thread, or wall seconds on a GPU; the best of several steps.
+and see the same batches; losses after the last step are compared. SAELens cannot be installed beside TransformerLens
+4.3: `python experiments/bench/sae_step.py PYTHON` runs its own trainer class in the environment of that interpreter,
+on the same sizes and machine, after ours. Times are process seconds of one CPU thread, or wall seconds on a GPU; the
+best of several steps.
 """
 
 from __future__ import annotations

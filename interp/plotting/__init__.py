@@ -13,10 +13,13 @@ from interp.plotting.scatter import scatter
 from interp.plotting.series import bars, lines
 from interp.plotting.strips import strip
 from interp.plotting.style import MAX_CELLS, MAX_POINTS, ROLE_COLOURS, token_labels, visible_token
+from interp.plotting.text import MAX_FIGURE_TOKENS, ColouredText, coloured_text
 
 __all__ = [
     "AttentionView",
+    "ColouredText",
     "MAX_CELLS",
+    "MAX_FIGURE_TOKENS",
     "MAX_PATTERN",
     "MAX_POINTS",
     "PNG",
@@ -24,6 +27,7 @@ __all__ = [
     "SavedPNG",
     "attention_view",
     "bars",
+    "coloured_text",
     "find_browser",
     "heatmap",
     "heatmaps",
