@@ -98,13 +98,12 @@ class Run:
     def finish(self) -> None:
         """Write the last state and the result."""
         self.dictionary.metadata = {"history": self.history, "config": self.config.to_dict()}
-        if self.path is not None and self.saved != self.step:
+        if self.path is None or (self.saved == self.step and (self.path / RESULT).exists()):
+            return
+        if self.saved != self.step:
             self.save()
-            write_tensors(
-                self.path / RESULT,
-                self.dictionary.state_dict(),
-                {"settings": self.dictionary.settings(), "metadata": _plain(self.dictionary.metadata)},
-            )
+        record = {"settings": self.dictionary.settings(), "metadata": _plain(self.dictionary.metadata)}
+        write_tensors(self.path / RESULT, self.dictionary.state_dict(), record)
 
     def save(self) -> None:
         assert self.path is not None
@@ -114,6 +113,7 @@ class Run:
         tensors["silent"] = self.silent
         control = None if self.control is None else {**self.control.state, "coefficient": self.control.coefficient}
         record = {"step": self.step, "history": self.history, "control": control, **self.identity}
+        (self.path / RESULT).unlink(missing_ok=True)  # of an earlier run, or of fewer steps
         write_tensors(self.path / STATE, tensors, record)
         self.saved = self.step
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Int
@@ -17,6 +17,7 @@ from torch import Tensor
 from interp.cache import ActivationStore, capture
 
 
+@runtime_checkable
 class Source(Protocol):
     """Endless batches of activations by hook, [token, width], the same for the same `batch_size`, `seed` and number."""
 
