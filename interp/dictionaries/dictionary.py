@@ -20,7 +20,7 @@ from torch import Tensor, nn
 D = TypeVar("D", bound="Dictionary")
 Normalisation = Literal["none", "mean_norm", "mean_square", "layer_norm", "constant_norm"]
 Decoder = Literal["free", "unit", "rescaled"]
-_EPS = 1e-5
+_EPS = 1e-5  # as in SAELens, added on the way in and not on the way out
 
 
 @dataclass(frozen=True)
@@ -189,12 +189,14 @@ class Dictionary(nn.Module):
             self.target_scale.fill_(self._constant_for(inputs if targets is None else targets))
 
     def folded(self: D) -> D:
-        """A new dictionary without normalising constants and with the same latents and reconstructions."""
+        """A new dictionary without normalising constants, with `decoder="free"` instead of `"rescaled"`, and with the
+        same latents and reconstructions."""
         new = copy.deepcopy(self)
-        if self._constant:
+        if self._constant or self.decoder == "rescaled":
             scale_in, scale_out = self._scale(self.input_scale, self.W_enc), self._scale(self.target_scale, self.W_dec)
             with torch.no_grad():
                 new._fold(scale_in, scale_out)
+        if self._constant:
             new.normalisation = "none"
             new.input_scale.fill_(1.0)
             new.target_scale.fill_(1.0)
@@ -258,14 +260,14 @@ class Dictionary(nn.Module):
     def _scale(self, scale: Tensor, like: Tensor) -> Tensor:
         if bool(scale.isnan()):
             raise ValueError(
-                f"normalisation {self.normalisation!r} has not been estimated; call estimate_normalisation(inputs) on a "
-                f"sample of activations, or train with interp.dictionaries.train, which does"
+                f"normalisation {self.normalisation!r} has not been estimated; call estimate_normalisation(inputs) on "
+                f"a sample of activations, or train with interp.dictionaries.train, which does"
             )
         return scale.to(like.device, like.dtype)
 
     def _spread(self, x: Tensor) -> Tensor:
         if self.normalisation == "layer_norm":
-            return x.std(-1, keepdim=True) + _EPS
+            return x.std(-1, keepdim=True)
         return x.norm(dim=-1, keepdim=True) / x.shape[-1] ** 0.5
 
     def _normalised(self, x: Tensor) -> Tensor:
@@ -274,7 +276,11 @@ class Dictionary(nn.Module):
             return x
         if self._constant:
             return x * self._scale(self.input_scale, x)
-        return (x - x.mean(-1, keepdim=True) if self.normalisation == "layer_norm" else x) / self._spread(x)
+        return (
+            (x - x.mean(-1, keepdim=True)) / (self._spread(x) + _EPS)
+            if self.normalisation == "layer_norm"
+            else x / self._spread(x)
+        )
 
     def _batch(self, inputs: Tensor, targets: Tensor | None) -> tuple[Tensor, Tensor]:
         """Inputs and targets of a training step, normalised."""

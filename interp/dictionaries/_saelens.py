@@ -1,0 +1,193 @@
+"""Folders of SAELens 6: `cfg.json` and `sae_weights.safetensors`, W_enc [d_in, d_sae], W_dec [d_sae, d_out]."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from interp.dictionaries.architectures import build
+from interp.dictionaries.batch_topk import BatchTopKSAE
+from interp.dictionaries.dictionary import Dictionary
+from interp.dictionaries.gated import GatedSAE
+from interp.dictionaries.jumprelu import JumpReLUSAE
+from interp.dictionaries.relu import ReLUSAE
+from interp.dictionaries.topk import TopKSAE
+
+CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+VERSION = "6.0.0"  # of the layout that is written
+_KINDS: dict[str, dict[str, Any]] = {
+    "standard": {"architecture": "relu"},
+    "topk": {"architecture": "topk"},
+    "gated": {"architecture": "gated", "detach_decoder": False},
+    "jumprelu": {"architecture": "jumprelu"},
+    "transcoder": {"architecture": "relu"},
+    "skip_transcoder": {"architecture": "relu", "skip": True},
+    "jumprelu_transcoder": {"architecture": "jumprelu"},
+    "jumprelu_skip_transcoder": {"architecture": "jumprelu", "skip": True},
+}
+_NORMALISATION = {
+    "none": "none",
+    "expected_average_only_in": "mean_norm",
+    "layer_norm": "layer_norm",
+    "constant_norm_rescale": "constant_norm",
+}
+
+
+def read(folder: Path, *, target_hook: str | None, device: str | torch.device) -> Dictionary:
+    """A dictionary from a folder, also of versions before 6. See `interp.dictionaries.load_dictionary`."""
+    config = _modern(_json(folder / CONFIG))
+    tensors = _weights(folder / WEIGHTS)
+    kind = config["architecture"]
+    if kind not in _KINDS:
+        raise ValueError(f"{folder} holds architecture {kind!r}; readable are {', '.join(_KINDS)}")
+    metadata = config["metadata"]
+    transcoder = "transcoder" in kind
+    settings: dict[str, Any] = {
+        **_KINDS[kind],
+        "d_in": config["d_in"],
+        "n_latents": config["d_sae"],
+        "hook": metadata.get("hook_name") or "",
+        "subtract_bias": bool(config.get("apply_b_dec_to_input", not transcoder)),
+        "normalisation": _named(config.get("normalize_activations", "none"), folder),
+        "dtype": config.get("dtype", "float32").removeprefix("torch."),
+    }
+    if transcoder:
+        settings["target_hook"] = target_hook or metadata.get("hook_name_out") or ""
+        settings["d_out"] = config["d_out"]
+    if kind == "topk":
+        settings |= {"k": config["k"], "aux": "none"}
+        settings["decoder"] = "rescaled" if config.get("rescale_acts_by_decoder_norm") else "free"
+    dictionary = build(settings, device=device)
+    tensors = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
+    if "log_threshold" in tensors:
+        tensors["threshold"] = tensors.pop("log_threshold").exp()
+    own = dict(dictionary.named_parameters())
+    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
+    if missing or extra:
+        raise ValueError(
+            f"{folder / WEIGHTS} does not hold a {kind} dictionary: missing {missing or 'nothing'}, unknown "
+            f"{extra or 'nothing'}"
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            if tensors[name].shape != parameter.shape:
+                raise ValueError(
+                    f"{name} in {folder / WEIGHTS} is {tuple(tensors[name].shape)}, but cfg.json makes it "
+                    f"{tuple(parameter.shape)}{_turned(tensors[name], parameter)}"
+                )
+            parameter.copy_(tensors[name])
+    dictionary.metadata = {"format": "saelens", "saelens": config}
+    return dictionary
+
+
+def write(dictionary: Dictionary, folder: Path) -> None:
+    """What SAELens 6 loads with `SAE.load_from_disk`."""
+    kind = _kind_of(dictionary)
+    folded = dictionary.folded()
+    tensors = {name: p.detach().cpu().contiguous() for name, p in folded.named_parameters()}
+    config: dict[str, Any] = {
+        "d_in": folded.d_in,
+        "d_sae": folded.n_latents,
+        "dtype": str(folded.W_dec.dtype).removeprefix("torch."),
+        "device": "cpu",
+        "apply_b_dec_to_input": folded.subtract_bias,
+        "normalize_activations": {v: k for k, v in _NORMALISATION.items()}[folded.normalisation],
+        "reshape_activations": "hook_z" if folded.hook.endswith("hook_z") else "none",
+        "architecture": kind,
+    }
+    if folded.is_transcoder:
+        config["d_out"] = folded.d_out
+    if kind == "topk" and isinstance(folded, TopKSAE):
+        config |= {"k": folded.k, "rescale_acts_by_decoder_norm": False}
+    if isinstance(folded, BatchTopKSAE):
+        if bool(folded.threshold.isnan().any()):
+            raise ValueError(f"this {folded.architecture} dictionary has no threshold yet: train it first")
+        threshold = folded.threshold.float().cpu()
+        tensors["threshold"] = (threshold if threshold.ndim else threshold.expand(folded.n_latents)).contiguous()
+    config["metadata"] = {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": VERSION,
+        "hook_name": folded.hook,
+        "training_architecture": folded.architecture,
+    }
+    if folded.target_hook is not None:
+        config["metadata"]["hook_name_out"] = folded.target_hook
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.tmp"
+    try:
+        save_file(tensors, partial)
+        text = folder / f".{CONFIG}.tmp"
+        text.write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+        partial.replace(folder / WEIGHTS)
+        text.replace(folder / CONFIG)
+    finally:
+        partial.unlink(missing_ok=True)
+        (folder / f".{CONFIG}.tmp").unlink(missing_ok=True)
+
+
+def _kind_of(dictionary: Dictionary) -> str:
+    jumps = isinstance(dictionary, (JumpReLUSAE, BatchTopKSAE))
+    if dictionary.is_transcoder:
+        if not jumps and not isinstance(dictionary, ReLUSAE):
+            raise ValueError(
+                f"SAELens has no {dictionary.architecture} transcoders, only ReLU and JumpReLU ones; save it with "
+                f'format="interp"'
+            )
+        return f"{'jumprelu_' if jumps else ''}{'skip_' if dictionary.skip else ''}transcoder"
+    if jumps:
+        return "jumprelu"
+    if isinstance(dictionary, GatedSAE):
+        return "gated"
+    return "topk" if isinstance(dictionary, TopKSAE) else "standard"
+
+
+def _modern(config: dict[str, Any]) -> dict[str, Any]:
+    """Flat settings of versions before 6 in the form of version 6."""
+    if "metadata" in config and "architecture" in config:
+        return config
+    new = dict(config)
+    new.setdefault("architecture", "standard")
+    new["metadata"] = {"hook_name": config.get("hook_name") or config.get("hook_point")}
+    function = config.get("activation_fn_str") or config.get("activation_fn")
+    if function == "topk":
+        new["architecture"] = "topk"
+        new["k"] = (config.get("activation_fn_kwargs") or {}).get("k")
+    elif function not in (None, "relu"):
+        raise ValueError(f"activation function {function!r} is unknown; relu and topk are known")
+    if isinstance(config.get("normalize_activations"), bool):
+        new["normalize_activations"] = "expected_average_only_in" if config["normalize_activations"] else "none"
+    return new
+
+
+def _named(name: str, folder: Path) -> str:
+    if name not in _NORMALISATION:
+        raise ValueError(f"{folder} was trained with normalisation {name!r}; readable are {', '.join(_NORMALISATION)}")
+    return _NORMALISATION[name]
+
+
+def _turned(found: Tensor, expected: Tensor) -> str:
+    return "; it looks transposed" if found.ndim == 2 and found.T.shape == expected.shape else ""
+
+
+def _json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
