@@ -1,0 +1,252 @@
+"""Feature dictionaries of activations, and steering along their directions. The names are loaded on first use."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+# One line per public name and its module; add yours here, in __all__ and below TYPE_CHECKING.
+_HOMES: dict[str, str] = {
+    "Dictionary": "interp.dictionaries.dictionary",
+    "Step": "interp.dictionaries.dictionary",
+    "ReLUSAE": "interp.dictionaries.relu",
+    "GatedSAE": "interp.dictionaries.gated",
+    "TopKSAE": "interp.dictionaries.topk",
+    "BatchTopKSAE": "interp.dictionaries.batch_topk",
+    "JumpReLUSAE": "interp.dictionaries.jumprelu",
+    "MatryoshkaSAE": "interp.dictionaries.matryoshka",
+    "prefix_widths": "interp.dictionaries.matryoshka",
+    "MutualChoiceSAE": "interp.dictionaries.mutual_choice",
+    "FeatureChoiceSAE": "interp.dictionaries.feature_choice",
+    "GradientSAE": "interp.dictionaries.gradient_sae",
+    "ARCHITECTURES": "interp.dictionaries.architectures",
+    "build": "interp.dictionaries.architectures",
+    "TrainingConfig": "interp.dictionaries.training_config",
+    "TrainingDiverged": "interp.dictionaries.training",
+    "train": "interp.dictionaries.training",
+    "train_many": "interp.dictionaries.training",
+    "dry_run": "interp.dictionaries.training",
+    "LiveSource": "interp.dictionaries.sources",
+    "StoreSource": "interp.dictionaries.sources",
+    "TensorSource": "interp.dictionaries.sources",
+    "PlantedSource": "interp.dictionaries.planted",
+    "recovery": "interp.dictionaries.planted",
+    "L0Controller": "interp.dictionaries.l0_control",
+    "Spliced": "interp.dictionaries.splicing",
+    "spliced": "interp.dictionaries.splicing",
+    "load_dictionary": "interp.dictionaries.loading",
+    "save_dictionary": "interp.dictionaries.loading",
+    "DictionaryReport": "interp.dictionaries.evaluation",
+    "evaluate": "interp.dictionaries.evaluation",
+    "SNMF": "interp.dictionaries.snmf",
+    "HierarchicalSNMF": "interp.dictionaries.hierarchy",
+    "SteeringVector": "interp.dictionaries.vectors",
+    "choose_feature": "interp.dictionaries.vectors",
+    "dictionary_vectors": "interp.dictionaries.vectors",
+    "diff_means": "interp.dictionaries.vectors",
+    "random_directions": "interp.dictionaries.vectors",
+    "through_w_out": "interp.dictionaries.vectors",
+    "Probe": "interp.dictionaries.directions",
+    "covariance_direction": "interp.dictionaries.directions",
+    "fit_probe": "interp.dictionaries.directions",
+    "last_activations": "interp.dictionaries.directions",
+    "principal_direction": "interp.dictionaries.directions",
+    "reading_direction": "interp.dictionaries.directions",
+    "Knob": "interp.dictionaries.steering",
+    "generate_steered": "interp.dictionaries.steering",
+    "steer": "interp.dictionaries.steering",
+    "KLStrengths": "interp.dictionaries.kl_strength",
+    "strength_for_kl": "interp.dictionaries.kl_strength",
+    "Concept": "interp.dictionaries.steering_scores",
+    "fluency": "interp.dictionaries.steering_scores",
+    "harmonic_mean": "interp.dictionaries.steering_scores",
+    "label_log_odds": "interp.dictionaries.steering_scores",
+    "relative_fluency": "interp.dictionaries.steering_scores",
+    "SteeringComparison": "interp.dictionaries.steering_result",
+    "compare_steering": "interp.dictionaries.steering_comparison",
+    "TokenRows": "interp.dictionaries.rows",
+    "token_rows": "interp.dictionaries.rows",
+    "label_masks": "interp.dictionaries.rows",
+    "Detection": "interp.dictionaries.detection",
+    "assign_features": "interp.dictionaries.detection",
+    "auroc": "interp.dictionaries.detection",
+    "detect_concepts": "interp.dictionaries.detection",
+    "ConceptScores": "interp.dictionaries.concept_scores",
+    "concept_score": "interp.dictionaries.concept_scores",
+    "label_concept_scores": "interp.dictionaries.concept_scores",
+    "sentence_maxima": "interp.dictionaries.concept_scores",
+    "Matching": "interp.dictionaries.stability",
+    "Stability": "interp.dictionaries.stability",
+    "match_features": "interp.dictionaries.stability",
+    "seed_stability": "interp.dictionaries.stability",
+    "feature_directions": "interp.dictionaries.features",
+    "output_tokens": "interp.dictionaries.features",
+    "OutputTokens": "interp.dictionaries.features",
+    "neuron_groups": "interp.dictionaries.features",
+    "GroupOverlaps": "interp.dictionaries.features",
+    "group_overlaps": "interp.dictionaries.features",
+    "FeatureReading": "interp.dictionaries.reading",
+    "read_features": "interp.dictionaries.reading",
+    "label_features": "interp.dictionaries.reading",
+    "FamilyGroups": "interp.dictionaries.groups",
+    "GroupEffects": "interp.dictionaries.groups",
+    "family_groups": "interp.dictionaries.groups",
+    "amplify_groups": "interp.dictionaries.groups",
+}
+
+__all__: list[str] = [
+    "load_dictionary",
+    "save_dictionary",
+    "ARCHITECTURES",
+    "BatchTopKSAE",
+    "Dictionary",
+    "DictionaryReport",
+    "FeatureChoiceSAE",
+    "GatedSAE",
+    "GradientSAE",
+    "JumpReLUSAE",
+    "L0Controller",
+    "LiveSource",
+    "MatryoshkaSAE",
+    "MutualChoiceSAE",
+    "PlantedSource",
+    "ReLUSAE",
+    "Spliced",
+    "Step",
+    "StoreSource",
+    "TensorSource",
+    "TopKSAE",
+    "TrainingConfig",
+    "TrainingDiverged",
+    "build",
+    "dry_run",
+    "evaluate",
+    "prefix_widths",
+    "recovery",
+    "spliced",
+    "train",
+    "train_many",
+    "SNMF",
+    "HierarchicalSNMF",
+    "SteeringVector",
+    "choose_feature",
+    "dictionary_vectors",
+    "diff_means",
+    "random_directions",
+    "through_w_out",
+    "Probe",
+    "covariance_direction",
+    "fit_probe",
+    "last_activations",
+    "principal_direction",
+    "reading_direction",
+    "Knob",
+    "generate_steered",
+    "steer",
+    "KLStrengths",
+    "strength_for_kl",
+    "Concept",
+    "fluency",
+    "harmonic_mean",
+    "label_log_odds",
+    "relative_fluency",
+    "SteeringComparison",
+    "compare_steering",
+    "TokenRows",
+    "token_rows",
+    "label_masks",
+    "Detection",
+    "assign_features",
+    "auroc",
+    "detect_concepts",
+    "ConceptScores",
+    "concept_score",
+    "label_concept_scores",
+    "sentence_maxima",
+    "Matching",
+    "Stability",
+    "match_features",
+    "seed_stability",
+    "feature_directions",
+    "output_tokens",
+    "OutputTokens",
+    "neuron_groups",
+    "GroupOverlaps",
+    "group_overlaps",
+    "FeatureReading",
+    "read_features",
+    "label_features",
+    "FamilyGroups",
+    "GroupEffects",
+    "family_groups",
+    "amplify_groups",
+]
+
+if TYPE_CHECKING:
+    from interp.dictionaries.architectures import ARCHITECTURES, build
+    from interp.dictionaries.batch_topk import BatchTopKSAE
+    from interp.dictionaries.concept_scores import ConceptScores, concept_score, label_concept_scores, sentence_maxima
+    from interp.dictionaries.detection import Detection, assign_features, auroc, detect_concepts
+    from interp.dictionaries.dictionary import Dictionary, Step
+    from interp.dictionaries.directions import (
+        Probe,
+        covariance_direction,
+        fit_probe,
+        last_activations,
+        principal_direction,
+        reading_direction,
+    )
+    from interp.dictionaries.evaluation import DictionaryReport, evaluate
+    from interp.dictionaries.feature_choice import FeatureChoiceSAE
+    from interp.dictionaries.features import (
+        GroupOverlaps,
+        OutputTokens,
+        feature_directions,
+        group_overlaps,
+        neuron_groups,
+        output_tokens,
+    )
+    from interp.dictionaries.gated import GatedSAE
+    from interp.dictionaries.gradient_sae import GradientSAE
+    from interp.dictionaries.groups import FamilyGroups, GroupEffects, amplify_groups, family_groups
+    from interp.dictionaries.hierarchy import HierarchicalSNMF
+    from interp.dictionaries.jumprelu import JumpReLUSAE
+    from interp.dictionaries.kl_strength import KLStrengths, strength_for_kl
+    from interp.dictionaries.l0_control import L0Controller
+    from interp.dictionaries.loading import load_dictionary, save_dictionary
+    from interp.dictionaries.matryoshka import MatryoshkaSAE, prefix_widths
+    from interp.dictionaries.mutual_choice import MutualChoiceSAE
+    from interp.dictionaries.planted import PlantedSource, recovery
+    from interp.dictionaries.reading import FeatureReading, label_features, read_features
+    from interp.dictionaries.relu import ReLUSAE
+    from interp.dictionaries.rows import TokenRows, label_masks, token_rows
+    from interp.dictionaries.snmf import SNMF
+    from interp.dictionaries.sources import LiveSource, StoreSource, TensorSource
+    from interp.dictionaries.splicing import Spliced, spliced
+    from interp.dictionaries.stability import Matching, Stability, match_features, seed_stability
+    from interp.dictionaries.steering import Knob, generate_steered, steer
+    from interp.dictionaries.steering_comparison import compare_steering
+    from interp.dictionaries.steering_result import SteeringComparison
+    from interp.dictionaries.steering_scores import Concept, fluency, harmonic_mean, label_log_odds, relative_fluency
+    from interp.dictionaries.topk import TopKSAE
+    from interp.dictionaries.training import TrainingDiverged, dry_run, train, train_many
+    from interp.dictionaries.training_config import TrainingConfig
+    from interp.dictionaries.vectors import (
+        SteeringVector,
+        choose_feature,
+        dictionary_vectors,
+        diff_means,
+        random_directions,
+        through_w_out,
+    )
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'interp.dictionaries' has no attribute {name!r}; it has {', '.join(__all__)}")
+    value = globals()[name] = getattr(importlib.import_module(_HOMES[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,84 @@
+"""How many groups some vectors fall into, if any: Ward clustering, silhouettes, and a null of one group."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy.cluster.hierarchy import fcluster, linkage
+from scipy.spatial.distance import pdist, squareform
+
+Null = Literal["gaussian", "shuffled"]
+
+
+class Clusters(NamedTuple):
+    """Labels from 0 by size, and for every k from 2 the silhouette, that of the null (mean, spread) and their z."""
+
+    labels: np.ndarray
+    k: int
+    p_value: float
+    ks: list[int]
+    table: np.ndarray  # [k, (observed, null mean, null sd, z)]
+
+
+def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
+    """Mean over points of (b - a) / max(a, b): a the mean distance to the own group, b to the nearest other one; 0 for
+    a point alone in its group (Rousseeuw 1987)."""
+    member = labels[:, None] == np.unique(labels)[None]
+    counts = member.sum(0)
+    sums = distances @ member
+    own = member.argmax(1)
+    rows = np.arange(len(labels))
+    alone = counts[own] == 1
+    a = sums[rows, own] / np.maximum(counts[own] - 1, 1)
+    means = sums / counts
+    means[rows, own] = np.inf
+    b = means.min(1)
+    larger = np.maximum(a, b)
+    score = np.divide(b - a, larger, out=np.zeros_like(a), where=larger > 0)
+    return float(np.where(alone, 0.0, score).mean())
+
+
+def clusters(vectors: np.ndarray, *, max_k: int, null: Null, n_null: int, alpha: float, seed: int) -> Clusters:
+    """The division of vectors `[n, d]` into 2 to `max_k` groups that stands out most from the null, if any does.
+
+    For every k the silhouette of a Ward clustering is compared with that of data of one group, and the largest z over
+    k with the largest z of each draw: one test, whatever `max_k`. If it is not significant there is one group.
+    """
+    ks = list(range(2, min(max_k, len(vectors) - 1) + 1))
+    whole = np.zeros(len(vectors), dtype=int)
+    if np.ptp(vectors, axis=0).max() == 0:  # all equal: nothing to divide
+        return Clusters(whole, 1, 1.0, ks, np.full((len(ks), 4), np.nan))
+    rng = np.random.default_rng(seed)
+    observed, labels = _silhouettes(vectors, ks)
+    drawn = np.array([_silhouettes(_draw(vectors, null, rng), ks)[0] for _ in range(n_null)])
+    mean, spread = drawn.mean(0), np.maximum(drawn.std(0, ddof=1), 1e-6)
+    z = (observed - mean) / spread
+    extreme = ((drawn - mean) / spread).max(1)
+    p = (1 + (extreme >= z.max()).sum()) / (n_null + 1)
+    table = np.stack([observed, mean, spread, z], 1)
+    if p > alpha:
+        return Clusters(whole, 1, float(p), ks, table)
+    best = int(z.argmax())
+    found = labels[best]
+    values, counts = np.unique(found, return_counts=True)
+    order = {value: place for place, value in enumerate(values[np.argsort(-counts, kind="stable")])}
+    return Clusters(np.array([order[value] for value in found]), len(values), float(p), ks, table)
+
+
+def _silhouettes(vectors: np.ndarray, ks: list[int]) -> tuple[np.ndarray, list[np.ndarray]]:
+    pairs = pdist(vectors)
+    tree = linkage(vectors, "ward")
+    distances = squareform(pairs)
+    labels = [fcluster(tree, k, "maxclust") for k in ks]
+    scores = [silhouette(distances, some) if len(np.unique(some)) > 1 else 0.0 for some in labels]
+    return np.array(scores), labels
+
+
+def _draw(vectors: np.ndarray, null: Null, rng: np.random.Generator) -> np.ndarray:
+    """Vectors of one group: Gaussian with the same mean and covariance, or every coordinate shuffled on its own."""
+    if null == "shuffled":
+        return rng.permuted(vectors, axis=0)
+    centred = vectors - vectors.mean(0)
+    # random mixtures of the centred rows have exactly their covariance, in the space that they span
+    return rng.standard_normal((len(vectors), len(vectors))) @ centred / np.sqrt(len(vectors)) + vectors.mean(0)
