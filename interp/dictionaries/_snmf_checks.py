@@ -13,6 +13,7 @@ def check_settings(
     repair: bool | None,
     restarts: int,
     explore: int,
+    penalty: float | int,
     mode: str,
     dtype: torch.dtype | None,
 ) -> None:
@@ -21,6 +22,8 @@ def check_settings(
             raise ValueError(f"{name} must be at least 1, got {count}")
     if explore < 0:
         raise ValueError(f"explore must be at least 0, got {explore}")
+    if not penalty >= 0.0:
+        raise ValueError(f"penalty must be at least 0, got {penalty}")
     batch_size = counts["batch_size"]
     if not 0.0 < sparsity <= 1.0:
         raise ValueError(f"sparsity is the share of neurons that a component keeps, in (0, 1]; got {sparsity}")

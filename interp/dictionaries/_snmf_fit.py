@@ -20,6 +20,7 @@ from interp.dictionaries._snmf_steps import (
     gram,
     gram_loss,
     multiply_codes,
+    own_energy,
     solve_components,
     sweep_codes,
     sweep_components,
@@ -34,7 +35,7 @@ _OFFICIAL_RIDGE, _OFFICIAL_FLOOR, _OFFICIAL_NORM_FLOOR = 1e-6, 1e-6, 1e-8
 
 @dataclass
 class Fit:
-    """One fit: the best pair that was seen, its loss, and the loss after every iteration."""
+    """One fit: the best pair that was seen, its loss (with the penalty, while it runs), and every iteration's loss."""
 
     components: Float[Tensor, "component neuron"]
     codes: Float[Tensor, "component token"]
@@ -43,12 +44,14 @@ class Fit:
     best_iteration: int = 0
     repairs: int = 0
 
-    def offer(self, components: Tensor, codes: Tensor, loss: float, margin: float = 0.0) -> bool:
-        """Note the loss of an iteration; keep its pair if it is better than the best by more than `margin`."""
+    def offer(
+        self, components: Tensor, codes: Tensor, loss: float, *, penalty: float = 0.0, margin: float = 0.0
+    ) -> bool:
+        """Note the loss of an iteration; keep its pair if loss and penalty are below the best by more than `margin`."""
         self.history.append(loss)
-        if not loss < self.loss - margin:
+        if not loss + penalty < self.loss - margin:
             return False
-        self.components, self.codes, self.loss = components, codes, loss
+        self.components, self.codes, self.loss = components, codes, loss + penalty
         self.best_iteration = len(self.history) - 1
         return True
 
@@ -63,6 +66,7 @@ class Settings:
     patience: int
     tol: float
     repair: bool
+    penalty: float = 0.0
 
 
 def fit_standard(
@@ -104,14 +108,17 @@ def fit_standard(
             components = winner_take_all(solve_components(code_gram, from_codes, _RIDGE), settings.keep)
             components, codes = unit_codes(components, codes)
         else:
-            components = sweep_components(components, code_gram, from_codes, settings.keep)
+            components = sweep_components(components, code_gram, from_codes, settings.keep, settings.penalty)
         cross, component_gram = data.against_components(components, settings.keep), gram(components)
-        codes = (multiply_codes if exploring else sweep_codes)(codes, component_gram, cross)
+        if exploring:
+            codes = multiply_codes(codes, component_gram, cross)
+        else:
+            codes = sweep_codes(codes, component_gram, cross, settings.penalty)
         code_gram = gram(codes)
         loss = gram_loss(data.total, cross, codes, component_gram, code_gram)
         if loss < 1e-3 * data.total:  # too small a difference of large numbers
             loss = exact_loss(data.rows, components, codes)
-        best.offer(components, codes, loss)
+        best.offer(components, codes, loss, penalty=settings.penalty * own_energy(component_gram, code_gram))
         # Counted from the last reference, so that many small gains add up to one.
         since = 0 if best.loss < reference * (1.0 - settings.tol) else since + 1
         reference = best.loss if since == 0 else reference
@@ -191,6 +198,9 @@ def best_of(
                 bar.set_postfix({"error": f"{loss / data.total:.4f}"}, refresh=False)
 
             fit = (fit_official if official else fit_standard)(data, codes, settings, advance)
+        fit.loss = exact_loss(data.rows, fit.components, fit.codes)
+        if not official:
+            settle(fit, data.rows)
         losses.append(fit.loss)
         if best is None or fit.loss < best.loss:
             best = fit

@@ -12,7 +12,7 @@ from tqdm.auto import tqdm
 from interp.dictionaries._snmf_fit import Fit, Settings, best_of
 from interp.dictionaries._snmf_init import Init
 from interp.dictionaries._snmf_source import Source
-from interp.dictionaries._snmf_steps import Data, best_codes, gram, sweep_codes, sweep_components
+from interp.dictionaries._snmf_steps import Data, best_codes, gram, own_energy, sweep_codes, sweep_components
 
 _SWEEPS = 3
 _SAMPLE_BATCHES, _SAMPLE_PER_COMPONENT = 2, 40
@@ -34,7 +34,9 @@ def fit_minibatch(
     drawn = torch.randperm(n_tokens, generator=generator)[:n_sample].sort().values
     sample = Data(source.rows(drawn))
     source.check(sample.total)
-    in_memory = Settings(settings.keep, 300, min(100, settings.explore), 20, settings.tol, settings.repair)
+    in_memory = Settings(
+        settings.keep, 300, min(100, settings.explore), 20, settings.tol, settings.repair, settings.penalty
+    )
     start, losses = best_of(sample, n_components, init, in_memory, official=False, seeds=seeds)
     components = start.components
     codes = torch.zeros(n_components, n_tokens, dtype=source.dtype, device=source.device)
@@ -51,19 +53,20 @@ def fit_minibatch(
                 inner, cross = gram(components), components @ rows.T
                 new = codes[:, part]
                 for _ in range(_SWEEPS):
-                    new = sweep_codes(new, inner, cross)
+                    new = sweep_codes(new, inner, cross, settings.penalty)
                 codes[:, part] = new
                 code_gram += gram(new)
                 from_codes += new @ rows
                 if first:
                     source.total += float(rows.double().square().sum())
-                    components = _updated(components, code_gram, from_codes, settings.keep)
+                    components = _updated(components, code_gram, from_codes, settings)
             if not first:
-                components = _updated(components, code_gram, from_codes, settings.keep)
+                components = _updated(components, code_gram, from_codes, settings)
             # The loss of these components with the codes of this pass, from the same sums.
             wide = components.double()
             loss = source.total - 2.0 * float((wide * from_codes).sum()) + float((gram(wide) * code_gram).sum())
-            best.offer(components, codes, loss)
+            own = own_energy(gram(components), code_gram)
+            best.offer(components, codes, loss, penalty=settings.penalty * own)
             since = 0 if best.loss < reference * (1.0 - settings.tol) else since + 1
             reference = best.loss if since == 0 else reference
             bar.update()
@@ -77,11 +80,11 @@ def _updated(
     components: Float[Tensor, "component neuron"],
     code_gram: Float[Tensor, "component component"],
     from_codes: Float[Tensor, "component neuron"],
-    keep: int,
+    settings: Settings,
 ) -> Float[Tensor, "component neuron"]:
     cross = from_codes.to(components.dtype)
     for _ in range(_SWEEPS):
-        components = sweep_components(components, code_gram, cross, keep)
+        components = sweep_components(components, code_gram, cross, settings.keep, settings.penalty)
     return components
 
 

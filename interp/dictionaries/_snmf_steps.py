@@ -93,11 +93,13 @@ def sweep_components(
     code_gram: Float[Tensor, "component component"],
     cross: Float[Tensor, "component neuron"],
     keep: int,
+    penalty: float = 0.0,
 ) -> Float[Tensor, "component neuron"]:
     """Each component in turn as the exact best one with `keep` entries, all else fixed.
 
     With one component free the neurons do not interact, so the least squares solution cut to its largest entries is
-    the optimum under the constraint, and no step can raise the loss. `cross` is codes times data.
+    the optimum under the constraint, and no step can raise the loss (with `penalty` times the energy of each component
+    by itself). `cross` is codes times data.
     """
     new = components.clone()
     small = code_gram.to(new.dtype)
@@ -105,7 +107,7 @@ def sweep_components(
         if weight <= 0.0:
             new[k] = 0.0
             continue
-        new[k] = winner_take_all(new[k] + (cross[k] - small[k] @ new) / weight, keep)
+        new[k] = winner_take_all((new[k] * weight + cross[k] - small[k] @ new) / (weight * (1.0 + penalty)), keep)
     return new
 
 
@@ -113,6 +115,7 @@ def sweep_codes(
     codes: Float[Tensor, "component token"],
     component_gram: Float[Tensor, "component component"],
     cross: Float[Tensor, "component token"],
+    penalty: float = 0.0,
 ) -> Float[Tensor, "component token"]:
     """The codes of each component in turn as the exact best non-negative ones. `cross` is components times data."""
     new = codes.clone()
@@ -121,7 +124,8 @@ def sweep_codes(
         if weight <= 0.0:
             new[k] = 0.0
             continue
-        new[k].add_(torch.sub(cross[k], small[k] @ new).div_(weight)).clamp_(min=0.0)
+        rest = cross[k] - small[k] @ new
+        new[k].mul_(weight).add_(rest).div_(weight * (1.0 + penalty)).clamp_(min=0.0)
     return new
 
 
@@ -170,6 +174,13 @@ def gram_loss(
     """Squared error of the product without forming it. `cross` is components times data, for these components."""
     linear = sum(float((a.double() * b.double()).sum()) for a, b in zip(cross.split(64), codes.split(64), strict=True))
     return total - 2.0 * linear + float((component_gram * code_gram).sum())
+
+
+def own_energy(
+    component_gram: Float[Tensor, "component component"], code_gram: Float[Tensor, "component component"]
+) -> float:
+    """Sum over components of the energy that each has by itself: large where they cancel each other."""
+    return float((component_gram.diagonal() * code_gram.diagonal()).sum())
 
 
 def exact_loss(

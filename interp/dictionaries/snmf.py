@@ -14,7 +14,7 @@ import interp
 from interp.cache import ActivationStore
 from interp.dictionaries._snmf_checks import check_settings, check_start
 from interp.dictionaries._snmf_files import read_factors, write_factors
-from interp.dictionaries._snmf_fit import Fit, Settings, best_of, settle
+from interp.dictionaries._snmf_fit import Fit, Settings, best_of
 from interp.dictionaries._snmf_init import Init
 from interp.dictionaries._snmf_minibatch import fit_minibatch
 from interp.dictionaries._snmf_source import Source
@@ -56,6 +56,10 @@ class SNMF:
             `batch_size` is given (10).
         explore: Iterations of the multiplicative rule before exact block updates take over. `explore=max_iter` never
             changes over, 0 starts with block updates.
+        penalty: What block updates add to the loss, times the energy that each component has by itself, while they run.
+            Without it they go on lowering the loss by large activations on most tokens that cancel each other, which
+            nobody can read; the multiplicative rule is too slow to get there. 0 is least squares alone. Activations are
+            least squares for the final components in any case.
         patience, tol: Stop when the loss has not fallen by this share within so many iterations. In mode `"official"`
             `tol` is absolute, as it was there.
         mode: `"official"` follows the released code: order of steps, absolute constants, all of equal magnitudes kept,
@@ -69,7 +73,7 @@ class SNMF:
         components_: [component, neuron], CPU. Zero rows are dead components.
         activations_: [token, component], CPU, at least zero: the optimum for `components_` (mode `"official"`: the
             pair of the best iteration).
-        loss_: Sum of squared errors of exactly these two.
+        loss_: Sum of squared errors of exactly these two; no penalty in it, nor in the other losses.
         relative_loss_: `loss_` over the data's sum of squares (not centred).
         history_: Loss after every iteration of the start that was kept.
         restart_losses_: Loss of every start.
@@ -108,6 +112,7 @@ class SNMF:
         seed: int = 0,
         max_iter: int | None = None,
         explore: int = 100,
+        penalty: float | int = 0.1,
         patience: int | None = None,
         tol: float = 1e-4,
         mode: Literal["standard", "official"] = "standard",
@@ -116,7 +121,9 @@ class SNMF:
         dtype: torch.dtype | None = None,
     ) -> None:
         counts = {"n_components": n_components, "restarts": restarts, "max_iter": max_iter, "patience": patience}
-        check_settings({**counts, "batch_size": batch_size}, sparsity, init, repair, restarts, explore, mode, dtype)
+        check_settings(
+            {**counts, "batch_size": batch_size}, sparsity, init, repair, restarts, explore, penalty, mode, dtype
+        )
         defaults = _DEFAULTS[mode if batch_size is None else "minibatch"]
         self.n_components = n_components
         self.sparsity = float(sparsity)
@@ -126,6 +133,7 @@ class SNMF:
         self.seed = seed
         self.max_iter = int(defaults["max_iter"] if max_iter is None else max_iter)
         self.explore = explore
+        self.penalty = float(penalty)
         self.patience = int(defaults["patience"] if patience is None else patience)
         self.tol = tol
         self.mode: Literal["standard", "official"] = mode
@@ -158,6 +166,7 @@ class SNMF:
             patience=self.patience,
             tol=self.tol,
             repair=self.repair,
+            penalty=self.penalty,
         )
         seeds = range(self.seed, self.seed + self.restarts)
         with torch.no_grad():
@@ -172,9 +181,6 @@ class SNMF:
                 fit, losses = best_of(
                     data, self.n_components, self.init, settings, official=official, seeds=seeds, progress=progress
                 )
-                fit.loss = exact_loss(data.rows, fit.components, fit.codes)
-                if not official:
-                    settle(fit, data.rows)
                 self._keep(fit, losses, total=data.total)
         versions = {"versions": {"interp": interp.__version__, "torch": torch.__version__}}
         self.provenance = {**versions, **source.provenance, **self._settings(), "n_tokens": n_tokens}
@@ -292,7 +298,7 @@ class SNMF:
         self.duplicates_ = [(i, j, float(near[i, j])) for i, j in pairs]
 
     def _settings(self) -> dict[str, Any]:
-        names = "n_components sparsity repair restarts seed max_iter explore patience tol mode batch_size"
+        names = "n_components sparsity repair restarts seed max_iter explore penalty patience tol mode batch_size"
         settings = {name: getattr(self, name) for name in names.split()}
         settings["init"] = "given" if isinstance(self.init, Tensor) else self.init
         settings["device"] = None if self.device is None else str(self.device)

@@ -43,14 +43,14 @@ class Readout:
         self.kept, self._whole = 0, None
         size = self.d_model * self.d_vocab * dtype.itemsize
         if size <= room:
-            whole = torch.empty(self.d_model, self.d_vocab, dtype=dtype, device=self.device)
+            whole = torch.empty(self.d_vocab, self.d_model, dtype=dtype, device=self.device)  # blocks lie together
             for start in range(0, self.d_vocab, self._block):
                 stop = min(start + self._block, self.d_vocab)
-                whole[:, start:stop] = self._prepared(start, stop)
+                whole[start:stop] = self._prepared(start, stop).T
             self.kept, self._whole = size, whole
 
     def columns(self, start: int, stop: int) -> Float[Tensor, "d_model some"]:
-        return self._prepared(start, stop) if self._whole is None else self._whole[:, start:stop]
+        return self._prepared(start, stop) if self._whole is None else self._whole[start:stop].T
 
     def rows(
         self, vectors: Float[Tensor, "neuron d_model"]

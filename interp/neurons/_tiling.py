@@ -164,8 +164,9 @@ def spread(
     vectors: Float[Tensor, "row d"], mean: Float[Tensor, " d"], covariance: Float[Tensor, "d d"]
 ) -> tuple[Float[Tensor, " row"], Float[Tensor, " row"]]:
     """Mean and standard deviation (over all columns, not a sample) of each row of the product, from `moments`."""
-    exact = vectors.double()
-    return (exact @ mean).float(), ((exact @ covariance) * exact).sum(1).clamp_min(0).sqrt().float()
+    rows = vectors.float()
+    variance = ((rows @ covariance.float()) * rows).sum(1, dtype=torch.float64)
+    return (rows.double() @ mean).float(), variance.clamp_min(0).sqrt().float()
 
 
 def _blocks(columns: Callable[[int, int], Tensor], n_columns: int, tiling: Tiling) -> Iterator[tuple[int, Tensor]]:
@@ -215,19 +216,18 @@ class _Running:
 
     def _open(self, groups: Float[Tensor, "row group 32"], best: Float[Tensor, "row group"], start: int) -> None:
         bound = self._bound()
-        opened = best > bound[:, None]  # an entry equal to the k-th best has a higher column and stands behind it
-        if int(opened.sum(1).max()) > self.k:  # most often the first tile, which nothing stands against yet
-            # k groups reach the k-th best maximum, so what is below it is not among the k best
-            bound = torch.maximum(bound, _just_below(best.topk(self.k, dim=1).values[:, -1]))
-            opened = best > bound[:, None]
-            if int(opened.sum(1).max()) > self.k:  # many equal maxima
-                self._open_best(groups, best, start)
-                return
-        row, group = opened.nonzero(as_tuple=True)
+        row, group = _above(best, bound)  # an entry equal to the k-th best has a higher column and stands behind it
         if not len(row):
             return
+        if int(torch.bincount(row).max()) > self.k:  # most often the first tile, which nothing stands against yet
+            # k groups reach the k-th best maximum, so what is below it is not among the k best
+            bound = torch.maximum(bound, _just_below(best.topk(self.k, dim=1).values[:, -1]))
+            row, group = _above(best, bound)
+            if int(torch.bincount(row).max()) > self.k:  # many equal maxima, which would all be opened
+                self._open_best(groups, best, start)
+                return
         found = self.sign * groups[row, group]
-        pair, offset = (found > bound[row][:, None]).nonzero(as_tuple=True)
+        pair, offset = _above(found, bound[row])
         row, column = row[pair], start + group[pair] * GROUP + offset
         counts = torch.bincount(row, minlength=len(groups))
         slot = torch.arange(len(row), device=row.device) - (counts.cumsum(0) - counts)[row]  # rows come in order
@@ -281,6 +281,11 @@ def _keys(scores: Float[Tensor, "*any"], columns: Int[Tensor, "*some"]) -> Int[T
     bits = (scores + 0.0).view(torch.int32)  # + 0.0 makes one zero of the two
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     return (ordered.long() << 32) | (_LAST - columns.long())
+
+
+def _above(scores: Float[Tensor, "row some"], bound: Float[Tensor, " row"]) -> tuple[Tensor, Tensor]:
+    row, place = (scores > bound[:, None]).nonzero(as_tuple=True)
+    return row, place
 
 
 def _just_below(scores: Float[Tensor, "*any"]) -> Float[Tensor, "*any"]:

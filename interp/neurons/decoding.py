@@ -77,8 +77,9 @@ def decode(
         null: What peaks are compared with. `"rotation"`: the vectors of the layer turned by a random rotation,
             `"covariance"`: Gaussian vectors with the covariance of the layer. At least 1,000 null peaks are compared
             with (those of all layers together for a rotation, where each is that of a uniform direction); for models
-            with fewer neurons than that the null is drawn several times. It costs as many products again. None: no z,
-            p and q.
+            with fewer neurons than that the null is drawn several times. It costs as many products again. Where the
+            vectors of a layer lean towards some tokens together, most of them beat the rotation; a peak that does not
+            beat the covariance null as well belongs to the layer more than to the neuron. None: no z, p and q.
         seed: Of the null. Every layer and side draws its own.
         memory_budget: Bytes that may be used beside the model, the vectors of one layer (a few copies), a matrix
             d_model x d_model in float64 and the result. If the unembedding takes at most three quarters of it, it is

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -28,6 +29,9 @@ def distinct_facts(
     Args:
         n: Questions drawn per wording and split, in which subjects repeat; each subject is then kept once. More finds
             all of them.
+
+    Raises:
+        ValueError: If a relation is unknown, or cannot be asked in single tokens of this model's tokenizer.
     """
     unknown = [relation for relation in relations if relation not in get_args(Relation)]
     if unknown or not relations:
@@ -36,13 +40,17 @@ def distinct_facts(
     found: Sets = {}
     for relation in relations:
         drawn: dict[int, list[Prompts]] = {}
+        why: Exception | None = None
         for template in range(8):
             for split in splits:
                 try:
                     some = tasks.facts(bridge, n, seed, relation=relation, template=template, split=split)
-                except ValueError:  # no such wording, or too few subjects left in this split
+                except ValueError as error:  # no such wording, or too few subjects left in this split
+                    why = error
                     continue
                 drawn.setdefault(template, []).append(_once(some))
+        if not drawn:
+            raise ValueError(f"no {relation} questions for this tokenizer; make Prompts of your own") from why
         found[relation] = tuple(_with_country(_once(tasks.concatenate(*parts))) for parts in drawn.values())
     return found
 
@@ -99,8 +107,6 @@ def _once(prompts: Prompts) -> Prompts:
 
 
 def _with_country(prompts: Prompts) -> Prompts:
-    from dataclasses import replace
-
     countries = [_country(subject) for subject in prompts.labels["subject"]]
     return replace(prompts, labels={**prompts.labels, "country": countries})
 

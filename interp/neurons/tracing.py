@@ -18,7 +18,7 @@ from interp.neurons._clamp_edits import Neuron, check_neurons
 from interp.neurons._sides import side_vectors, unembedding
 from interp.neurons.ablation import AblationMatrix, measure_sets
 from interp.neurons.activation_statistics import NeuronStatistics
-from interp.neurons.concepts import check_concepts, output_hook
+from interp.neurons.concepts import check_concepts, concept_vectors, output_hook
 from interp.results import Result, labelled
 
 if TYPE_CHECKING:
@@ -127,8 +127,6 @@ def knowledge_trace(
     if head not in ("own", "before"):
         raise ValueError(f'head={head!r}; expected "own" or "before"')
     if vectors is None:
-        from interp.neurons.concepts import concept_vectors
-
         vectors = concept_vectors(before, concepts, k=k).sets(n_vectors)
     if set(vectors) != set(ids):
         raise ValueError(f"vectors are of {sorted(vectors)} and concepts of {sorted(ids)}; each concept needs its own")

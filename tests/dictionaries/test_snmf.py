@@ -31,7 +31,7 @@ def fitted() -> tuple[SNMF, Tensor, Tensor]:
 @pytest.mark.parametrize(("seed", "explore"), [*((seed, 400) for seed in range(5)), (0, 0), (1, 0)])
 def test_without_winner_take_all_the_loss_never_rises(seed: int, explore: int) -> None:
     data, _ = planted(seed, **SMALL | {"n_tokens": 150})
-    options: dict[str, Any] = {"repair": False, "patience": 400, "max_iter": 400, "explore": explore}
+    options: dict[str, Any] = {"repair": False, "patience": 400, "max_iter": 400, "explore": explore, "penalty": 0}
     snmf = SNMF(6, sparsity=1, init="random", seed=seed, **options).fit(data.double())
     assert snmf.n_iter_ == 400 and snmf.components_.dtype == torch.float64
     rises = [b / a - 1 for a, b in zip(snmf.history_, snmf.history_[1:], strict=False)]
@@ -41,7 +41,7 @@ def test_without_winner_take_all_the_loss_never_rises(seed: int, explore: int) -
 def test_block_updates_never_raise_the_loss_with_winner_take_all_either() -> None:
     for seed in range(3):
         data, _ = planted(seed, **SMALL)
-        snmf = SNMF(6, sparsity=SPARSITY, explore=0, seed=seed, tol=0.0, max_iter=100).fit(data.double())
+        snmf = SNMF(6, sparsity=SPARSITY, explore=0, seed=seed, tol=0.0, max_iter=100, penalty=0).fit(data.double())
         assert all(b <= a * (1 + 1e-12) for a, b in zip(snmf.history_, snmf.history_[1:], strict=False))
 
 
@@ -49,7 +49,7 @@ def test_block_updates_never_raise_the_loss_with_winner_take_all_either() -> Non
 def test_the_returned_pair_has_the_reported_loss_and_none_was_better(mode: Any) -> None:
     data, _ = planted(1, **SMALL)
     # Too sparse, so that the multiplicative rule does raise the loss now and then.
-    snmf = SNMF(6, sparsity=2 / 60, init="random", mode=mode, max_iter=60, explore=60).fit(data)
+    snmf = SNMF(6, sparsity=2 / 60, init="random", mode=mode, max_iter=60, explore=60, penalty=0).fit(data)
     assert snmf.loss_ == pytest.approx(squared_error(snmf, data), rel=1e-6)
     assert snmf.relative_loss_ == pytest.approx(snmf.loss_ / float(data.double().square().sum()), rel=1e-9)
     assert snmf.best_iter_ == snmf.history_.index(min(snmf.history_))
@@ -148,7 +148,7 @@ def test_transform_gives_the_same_activations_and_unseen_tokens_theirs(fitted: t
 
 def test_batches_reach_what_memory_reaches() -> None:
     data, atoms = planted(5, n_tokens=1200, **{k: v for k, v in SMALL.items() if k != "n_tokens"})
-    snmf = SNMF(6, sparsity=SPARSITY, batch_size=100, restarts=3).fit(data)
+    snmf = SNMF(6, sparsity=SPARSITY, batch_size=100, restarts=3, penalty=0).fit(data)
     whole = SNMF(6, sparsity=SPARSITY, restarts=3).fit(data)
     assert float(best_cosines(snmf.components_, atoms).min()) > 0.95
     assert snmf.loss_ == pytest.approx(whole.loss_, rel=0.02)
@@ -174,6 +174,18 @@ def test_a_hook_of_a_store(tmp_path: Path, family: str) -> None:
     torch.testing.assert_close(batched.transform((store, hook)), batched.activations_, rtol=1e-3, atol=1e-4)
     with pytest.raises(KeyError, match="no activations of 'blocks.0"):
         snmf.fit((store, "blocks.0.mlp.hook_post"))
+
+
+def test_the_penalty_keeps_components_from_cancelling() -> None:
+    # More components than there are atoms, so that pairs may cancel.
+    data, _ = planted(3, **SMALL | {"noise": 0.1})
+    energy, loss = [], []
+    for penalty in (0, 0.1, 1):
+        snmf = SNMF(15, sparsity=0.3, penalty=penalty, max_iter=80).fit(data)
+        energy.append(float(snmf.activations_.square().sum() / data.square().sum()))
+        loss.append(snmf.relative_loss_)
+    assert energy[0] > energy[1] > energy[2]
+    assert loss[0] < loss[2]
 
 
 @pytest.mark.gpu
@@ -236,6 +248,7 @@ def test_files(tmp_path: Path, fitted: tuple[SNMF, Tensor, Tensor], monkeypatch:
         ({"mode": "official", "batch_size": 8}, "has no minibatches"),
         ({"restarts": 0}, "restarts must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
+        ({"penalty": -0.1}, "penalty must be at least 0"),
         ({"explore": -1}, "explore must be at least 0"),
         ({"dtype": torch.float16}, "float32 or float64"),
     ],

@@ -148,7 +148,8 @@ def test_tables_say_what_was_planted(unchecked) -> None:
     assert specific.loc["a", "difference"] == pytest.approx(-4, abs=0.2)
     assert specific.loc["b", "difference"] == pytest.approx(-3, abs=0.2)
     assert (specific["high"] < 0).all()
-    assert "beyond matched" in found.plot(beyond="matched").layout.title.text
+    figure: Any = found.plot(beyond="matched")
+    assert "beyond matched" in figure.layout.title.text
     with pytest.raises(ValueError, match="no control 'uniform' was run"):
         found.difference("uniform")
     with pytest.raises(ValueError, match="measure='loss'"):

@@ -107,6 +107,15 @@ def test_positions_are_everywhere_per_row_or_several_per_row():
             assert torch.equal(capture(bridge, tokens, name)[name][..., 4] == 9.0, where)
 
 
+def test_every_neuron_gets_its_own_number_whatever_the_order_of_layers():
+    bridge, tokens = tiny_bridge("llama"), tiny_tokens(N, POS)
+    values = {(2, 4): 1.5, (0, 3): -2.5, (2, 1): 3.5, (1, 7): 4.5}
+    with clamped(bridge, list(values), list(values.values())):
+        found = capture(bridge, tokens, "blocks.*.mlp.hook_post")
+    for (layer, index), value in values.items():
+        assert bool((found[hook_name("neuron", layer)][..., index] == value).all())
+
+
 def test_ablated_neurons_are_zero_and_everything_is_put_back_after_an_exception():
     bridge, tokens, name = tiny_bridge("gpt2"), tiny_tokens(N, POS), hook_name("neuron", 1)
     before = bridge(tokens)
@@ -162,6 +171,17 @@ def test_effects_equal_those_of_whole_forwards(family: str, positions: Any, kind
     for name in ("values", "label_log_prob", "kl", "baseline"):
         np.testing.assert_allclose(getattr(alone, name), getattr(found, name), rtol=1e-4, atol=2e-5)
     assert found.provenance["metric"] == getattr(metric, "name", "last_difference")
+
+
+@pytest.mark.parametrize("read", [-2, torch.tensor([7, 6, 2])], ids=["one", "each"])
+def test_labels_may_be_read_elsewhere_than_the_metric(read: Any):
+    bridge, tokens, neurons = tiny_bridge("llama"), tiny_tokens(N, POS), [(1, 3)]
+    metric = metrics.logit_difference(answered([6, 5, 7]))
+    found = clamp(bridge, tokens, neurons, [3.0], metric, labels=[11], read=read, positions=[1, 4], controls=())
+    at = torch.tensor([6, 6, 6]) if isinstance(read, int) else read
+    expected = by_hand(bridge, tokens, neurons, 3.0, metric, 11, at, positions=[1, 4])
+    for name, numbers in zip(("values", "label_log_prob", "label_rank", "kl"), expected, strict=True):
+        np.testing.assert_allclose(getattr(found, name).values[0, 0, 0], numbers, rtol=1e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,18 @@ def _nudge(bridge, matrix: str, scale: float, seed: int = 0, layer: int = 1) -> 
         )
 
 
+def _aimed_at_labels():
+    """A model whose output vectors in layer 1 have lost half of what they had of their best token."""
+    bridge = fresh_bridge("llama")
+    head = unembedding(bridge, fold=False)
+    head = torch.nn.functional.normalize(head - head.mean(1, keepdim=True), dim=0)
+    weight = bridge.blocks[1].mlp.W_out
+    best = head[:, (weight @ head).argmax(1)].T
+    with torch.no_grad():
+        weight.sub_(0.5 * (weight * best).sum(1, keepdim=True) * best)
+    return bridge
+
+
 def _labels(bridge, side: str, layer: int) -> torch.Tensor:
     """The best token by centred cosine, written out."""
     head = unembedding(bridge)
@@ -181,13 +193,7 @@ class TestFloor:
             assert abs(row["jaccard"] - row["jaccard_noise"]) < 0.03
 
     def test_a_change_aimed_at_the_labels_is_far_below(self):
-        base, tuned = tiny_bridge("llama"), fresh_bridge("llama")
-        head = unembedding(base, fold=False)
-        head = torch.nn.functional.normalize(head - head.mean(1, keepdim=True), dim=0)
-        weight = tuned.blocks[1].mlp.W_out
-        best = head[:, (weight @ head).argmax(1)].T
-        with torch.no_grad():
-            weight.sub_(0.5 * (weight * best).sum(1, keepdim=True) * best)
+        base, tuned = tiny_bridge("llama"), _aimed_at_labels()
         found = compare(base, tuned, weights="out", fold=False, noise_seeds=1)
         layer = found.summary(("side", "layer")).set_index("layer").loc[1]
         assert layer["kept"] < 0.2
@@ -339,6 +345,12 @@ class TestBirths:
         assert float(found.agreement.sel(curve="shuffled", side="in", layer=1, step=0)) == pytest.approx(
             chance, abs=4e-3
         )
+
+    def test_a_label_that_was_not_there_may_yet_outlive_a_displacement(self):
+        found = label_births({0: _aimed_at_labels(), 10: tiny_bridge("llama")}, weights="out", fold=False)
+        curves = found.agreement.sel(side="out", layer=1, step=0)
+        assert curves.sel(curve="measured") < 0.2
+        assert curves.sel(curve="displaced") > 0.6
 
     def test_models_are_loaded_when_it_is_their_turn(self):
         order = []

@@ -109,7 +109,8 @@ def test_scores_of_kept_tokens_alone_and_directions() -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_streaming_is_ranking_all_at_once(family: str) -> None:
     bridge, tokens = tiny_bridge(family), tiny_tokens(6, 7, seed=3)
-    tokens[3:5] = tokens[:2]  # whole rows again: ties across batches
+    tokens[3:5] = tokens[:2]  # the rows again, but for the last token: ties across batches
+    tokens[3:5, -1] = (tokens[:2, -1] + 7) % 50 + 3
     with torch.no_grad(), reads(bridge, [hook_name("neuron", layer) for layer in range(3)]) as acts:
         bridge(tokens)
     found = {hook_name("neuron", layer): acts[hook_name("neuron", layer)] for layer in range(3)}
@@ -119,12 +120,22 @@ def test_streaming_is_ranking_all_at_once(family: str) -> None:
         whole = contexts_of(scores, tokens, keep=tokens != 0, n=6, window=(2, 1), once=once)
         np.testing.assert_allclose(streamed.values.values, whole.values.values, rtol=1e-4, atol=1e-5)
         same = (streamed.values.coords["row"] == whole.values.coords["row"]).values
-        if once == "context":  # rows 3 and 4 repeat rows 0 and 1
-            assert not np.isin(streamed.values.coords["row"], [3, 4]).any()
+        if once == "context":  # rows 3 and 4 repeat rows 0 and 1; what follows a context does not make it another
+            again = np.isin(streamed.values.coords["row"], [3, 4])
+            assert (streamed.values.coords["pos"].values[again] == 6).all()
         assert same.mean() > 0.95  # the last bit may differ between batch sizes, and decide between the equal rows
         assert streamed.values.coords["layer"].values.tolist() == [i // D_MLP for i in range(3 * D_MLP)]
         assert streamed.values.coords["index"].values.tolist() == [*range(D_MLP)] * 3
     assert not any(point.fwd_hooks for point in bridge.hook_points() if point.name in names(bridge))
+
+
+def test_a_context_is_counted_once_across_batches_even_when_there_is_room() -> None:
+    bridge, tokens = tiny_bridge("gpt2"), tiny_tokens(6, 7, seed=3)
+    tokens[3:5] = tokens[:2]
+    found = top_contexts(bridge, tokens, [(0, 1)], n=60, window=(6, 1), once="context", batch_size=2)
+    rows, there = found.values.coords["row"].values[0], np.isfinite(found.values.values[0])
+    assert there.sum() == 4 * 6 and set(rows[there]) == {0, 1, 2, 5} and (rows[~there] == -1).all()
+    assert (found.tokens.values[0][~there] == -1).all() and np.isnan(found.scores.values[0][~there]).all()
 
 
 def test_units_layers_sites_and_directions() -> None:

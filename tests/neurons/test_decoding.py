@@ -92,6 +92,7 @@ def test_neither_the_budget_nor_keeping_the_unembedding_changes_a_number(
     family: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = [decode(tiny_bridge(family), memory_budget=budget) for budget in (90_000, 2**28)]
+    half = [decode(tiny_bridge(family), dtype="bfloat16", null=None)]
     kept: list[int] = []
 
     def forgetful(*args: Any, **options: Any) -> Readout:
@@ -101,7 +102,8 @@ def test_neither_the_budget_nor_keeping_the_unembedding_changes_a_number(
 
     monkeypatch.setattr(decoding, "Readout", forgetful)
     found.append(decode(tiny_bridge(family)))
-    assert kept == [0]
+    half.append(decode(tiny_bridge(family), dtype="bfloat16", null=None))
+    assert kept == [0, 0] and np.array_equal(half[0].top_values, half[1].top_values)
     for name in ("top_ids", "bottom_ids", "top_values", "values", "null_peaks", "std"):
         arrays = [getattr(atlas, name).values for atlas in found]
         assert all(np.allclose(array, arrays[0], atol=2e-6) for array in arrays), name
@@ -259,6 +261,9 @@ def test_neurons_and_tokens_without_a_direction() -> None:
         assert np.isnan(atlas.values[0, 1, 4]) and (atlas.top_ids[0, 1, 4] == -1).all() and np.isnan(atlas.q[0, 1, 4])
         assert np.isfinite(atlas.values.values).sum() == N_LAYERS * D_MLP - 1
         assert int(atlas.label_counts.sum()) == N_LAYERS * D_MLP - 1
+        assert atlas.null_peaks is not None
+        drawn = atlas.null_peaks.values[0].reshape(N_LAYERS, -1, D_MLP)  # as many draws of each neuron
+        assert np.isnan(drawn[1, :, 4]).all() and np.isnan(drawn).sum() == drawn.shape[1]
         place = np.nonzero(atlas.top_ids.values[0, 0, 0] == 20)[0][0]
         assert atlas.top_values.values[0, 0, 0, place] == 0  # the token without a direction is at right angles to all
     assert decode(bridge, layers=[1]).neuron(1, 4)["token"].eq("").all()

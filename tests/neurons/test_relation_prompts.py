@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from interp.neurons import split_entities
+from interp import tinyworld
+from interp.neurons import distinct_facts, split_entities
 from interp.neurons.relation_prompts import _once
 from interp.prompts import Prompts
-from tests.helpers import tiny_tokens
+from interp.tinyworld.families.facts import answer, bridge_country, subjects
+from tests.helpers import tiny_bridge, tiny_tokens
+from tests.prompts.builders import stub
 
 
 def prompts_of(countries: list[str], seed: int = 0) -> Prompts:
@@ -53,3 +56,21 @@ def test_refusals() -> None:
         split_entities({"a": (one,)})
     with pytest.raises(ValueError, match="no examples left"):
         split_entities({"a": (prompts_of(["x"]),), "b": (one,)}, wordings="shared")
+
+
+def test_every_fact_comes_once_in_every_wording() -> None:
+    facts = distinct_facts(stub(tinyworld.tokenizer(), n_ctx=128), ["landmark"], n=200)
+    assert [len(one) for one in facts["landmark"]] == [len(subjects("landmark"))] * 4
+    for number, one in enumerate(facts["landmark"]):
+        assert set(one.labels["template"]) == {number}
+        assert set(one.labels["subject"]) == set(subjects("landmark"))
+        assert list(one.labels["country"]) == [bridge_country(subject) for subject in one.labels["subject"]]
+        asked = [answer("landmark", subject) for subject in one.labels["subject"]]
+        assert one.answers.tolist() == [tinyworld.IDS[word] for word in asked]
+
+
+def test_a_tokenizer_without_the_words_is_refused(unchecked) -> None:
+    with pytest.raises(ValueError, match="no capital questions for this tokenizer"):
+        distinct_facts(tiny_bridge("gpt2"), ["capital"])
+    with pytest.raises(ValueError, match="relations="):
+        distinct_facts(tiny_bridge("gpt2"), ["mayor"])

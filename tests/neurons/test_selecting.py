@@ -84,7 +84,7 @@ def test_tied_p_counts_like_the_shared_null_where_nothing_is_tied() -> None:
 
 def test_grouped_null_is_that_of_every_choice_of_groups() -> None:
     scores, _ = draw(n=18, units=5, levels=2)
-    groups = torch.arange(18) // 3
+    groups = torch.tensor([0] * 2 + [1] * 5 + [2] * 3 + [3] * 3 + [4] + [5] * 4)  # of different sizes
     positive = groups < 2
     p = grouped_p(Ranking.of(scores), [positive], groups, draws=6000, seed=0)[0]
     for unit in range(5):

@@ -81,6 +81,14 @@ def test_rows_that_open_many_groups_among_rows_that_open_none() -> None:
     assert_exact(left, right, 6, Tiling(6, 160))
 
 
+def test_ties_open_no_more_groups_than_there_are_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[tuple[int, ...]] = []
+    real = _tiling._Running._merge
+    monkeypatch.setattr(_tiling._Running, "_merge", lambda self, keys: opened.append(keys.shape) or real(self, keys))
+    assert_exact(torch.zeros(4, 3), torch.ones(3, 640), 2, Tiling(4, 320))
+    assert opened == [(4, 2 * GROUP)] * 2  # the first tile, once for each sign; no tie after it is looked at
+
+
 def test_the_two_zeros_are_equal() -> None:
     scores, columns = torch.tensor([[0.0, -0.0, 0.0, -1.0]]), torch.arange(4)
     keys = _tiling._keys(scores, columns)

@@ -202,6 +202,7 @@ def test_tables_and_summaries_are_what_they_say():
     assert list(table["quadrant"]) == [*QUADRANTS, "", ""]
     assert list(table["label"]) == list("abcdef") and list(table["neuron"]) == [3, 4, 5, 0, 1, 2]
     assert table["validity"][0] == pytest.approx(0.92) and table["shuffled"][0] == pytest.approx(0.092)
+    assert table[["validity", "shuffled", "rank", "top_1"]].iloc[4].isna().all()
     assert table["rank"][0] == 6 and table["top_1"][0] == 0.5 and table["dose"][3] == 3
     assert list(made().table(valid=0.15, specific=4.5)["quadrant"][:4]) == [
         QUADRANTS[0],
