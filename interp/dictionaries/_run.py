@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,7 +46,13 @@ class Run:
         start = float(getattr(dictionary, "coefficient", 0.0))
         steps = max(1, round(0.25 * config.n_steps))
         self.control = None if config.target_l0 is None else L0Controller(config.target_l0, start, path_steps=steps)
-        self.identity = {"config": _plain(config.to_dict()), "source": source.describe()}
+        self.identity = {"config": plain(config.to_dict()), "source": plain(source.describe())}
+        try:
+            json.dumps(self.identity)
+        except TypeError as error:
+            raise ValueError(
+                f"the settings cannot be written to a file, so the run could not go on: {error}"
+            ) from error
         self.optimiser = torch.optim.Adam(
             dictionary.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
         )
@@ -65,7 +72,8 @@ class Run:
         """One step on a batch of activations by hook.
 
         Raises:
-            FloatingPointError: If the loss or a gradient is not finite; the weights are as before the step.
+            FloatingPointError: If the loss or the gradient is not finite, before the weights change; or if weights
+                are not when they are to be saved, which leaves the state on disk as it was.
         """
         dictionary, config = self.dictionary, self.config
         inputs, targets = self._of(batch)
@@ -83,10 +91,10 @@ class Run:
         self.optimiser.zero_grad(set_to_none=True)
         step.loss.backward()
         dictionary.project_gradient()
-        if config.clip is not None:
-            norm = torch.nn.utils.clip_grad_norm_(dictionary.parameters(), config.clip)
-            if not math.isfinite(float(norm)):
-                raise FloatingPointError(f"the norm of the gradient is {float(norm)}")
+        limit = math.inf if config.clip is None else config.clip
+        norm = float(torch.nn.utils.clip_grad_norm_(dictionary.parameters(), limit))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"the norm of the gradient is {norm}")
         self.optimiser.step()
         dictionary.renormalise()
         self._account(step, inputs, targets, loss)
@@ -102,11 +110,14 @@ class Run:
             return
         if self.saved != self.step:
             self.save()
-        record = {"settings": self.dictionary.settings(), "metadata": _plain(self.dictionary.metadata)}
+        record = {"settings": self.dictionary.settings(), "metadata": plain(self.dictionary.metadata)}
         write_tensors(self.path / RESULT, self.dictionary.state_dict(), record)
 
     def save(self) -> None:
         assert self.path is not None
+        bad = [name for name, value in self.dictionary.named_parameters() if not bool(value.isfinite().all())]
+        if bad:  # never in place of a good state
+            raise FloatingPointError(f"{', '.join(bad)} are not finite any more")
         tensors = {f"dictionary.{name}": value for name, value in self.dictionary.state_dict().items()}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
@@ -240,12 +251,16 @@ def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float 
     return median
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """As JSON would give it back."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if hasattr(value, "item"):  # a number of numpy or torch
+        return value.item()
     return value
 
 

@@ -64,7 +64,13 @@ def read(folder: Path, *, target_hook: str | None, device: str | torch.device) -
         settings |= {"k": config["k"], "aux": "none"}
         settings["decoder"] = "rescaled" if config.get("rescale_acts_by_decoder_norm") else "free"
     dictionary = build(settings, device=device)
-    tensors = {name: tensor for name, tensor in tensors.items() if name != "scaling_factor"}
+    scaling = tensors.pop("scaling_factor", torch.ones(1))
+    if not bool((scaling == 1).all()):
+        raise ValueError(
+            f"{folder / WEIGHTS} has a scaling_factor from {float(scaling.min()):g} to {float(scaling.max()):g}: a "
+            f"dictionary fine-tuned by an old SAELens, whose latents are multiplied by it before decoding. Multiply "
+            f"the rows of W_dec by it and leave it out"
+        )
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
     own = dict(dictionary.named_parameters())

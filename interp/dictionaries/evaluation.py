@@ -22,6 +22,7 @@ from interp.cache import capture
 from interp.dictionaries._losses import losses_under
 from interp.dictionaries._moments import Moments
 from interp.dictionaries.dictionary import Dictionary
+from interp.dictionaries.splicing import check_place, check_width
 from interp.models import provenance, require_eval
 from interp.results import Result
 from interp.stats import Interval, ratio_interval
@@ -157,6 +158,7 @@ def evaluate(
         raise ValueError("keep leaves no two neighbouring positions: there is nothing to rebuild and to predict")
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size}; expected at least 1")
+    check_place(bridge, dictionary)
     moments = Moments(dictionary.n_latents, dictionary.d_out)
     hooks = [dictionary.hook] + ([dictionary.target_hook] if dictionary.target_hook is not None else [])
     starts = list(range(0, n, batch_size))
@@ -165,6 +167,8 @@ def evaluate(
             rows = slice(start, start + batch_size)
             found = capture(bridge, tokens[rows], hooks)
             x, y = found[hooks[0]].flatten(2), found[hooks[-1]].flatten(2)
+            check_width(x, dictionary.d_in, hooks[0])
+            check_width(y, dictionary.d_out, hooks[-1])
             where = counted[rows].to(x.device)
             latents = dictionary.encode(x[where])
             moments.add(latents, y[where], dictionary.decode(latents, x[where]))

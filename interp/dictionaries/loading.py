@@ -13,9 +13,11 @@ from interp.cache import capture
 from interp.dictionaries import _saelens
 from interp.dictionaries._files import read_tensors, write_tensors
 from interp.dictionaries._moments import Moments
+from interp.dictionaries._run import plain
 from interp.dictionaries.architectures import build
 from interp.dictionaries.dictionary import Dictionary
-from interp.hooks import resolve
+from interp.dictionaries.splicing import check_place
+from interp.hooks.names import device_of
 
 Format = Literal["auto", "interp", "saelens"]
 FILE = "dictionary.safetensors"
@@ -30,7 +32,7 @@ def load_dictionary(
     bridge: Any = None,
     tokens: Int[Tensor, "example pos"] | None = None,
     max_fvu: float | int = 1.0,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Dictionary:
     """A dictionary from a folder or file; what was read is in `.metadata`.
 
@@ -43,6 +45,7 @@ def load_dictionary(
         hook, target_hook: In place of what the file says.
         bridge, tokens: Check on activations of this model: L0 and FVU go into `.metadata["check"]`.
         max_fvu: Of this check: more is refused. 1 is what predicting the mean gives.
+        device: Where to put it; that of the bridge, if one is given, else the CPU.
 
     Raises:
         FileNotFoundError: If nothing is there.
@@ -52,6 +55,8 @@ def load_dictionary(
     path = Path(path)
     if (bridge is None) != (tokens is None):
         raise ValueError("a check needs both a bridge and tokens")
+    if device is None:
+        device = "cpu" if bridge is None else device_of(bridge)
     kind = _kind(path) if format == "auto" else format
     if kind == "interp":
         dictionary = _read(path / FILE if path.is_dir() else path, device)
@@ -85,7 +90,7 @@ def save_dictionary(
     if format == "saelens":
         _saelens.write(dictionary, path)
     elif format == "interp":
-        record = {"settings": dictionary.settings(), "metadata": dictionary.metadata}
+        record = plain({"settings": dictionary.settings(), "metadata": dictionary.metadata})
         write_tensors(path / FILE, dictionary.state_dict(), record)
     else:
         raise ValueError(f'format={format!r}; expected "interp" or "saelens"')
@@ -123,8 +128,7 @@ def _read(path: Path, device: str | torch.device) -> Dictionary:
 
 def _check(dictionary: Dictionary, bridge: Any, tokens: Tensor, max_fvu: float | int, path: Path) -> None:
     names = [dictionary.hook] if dictionary.target_hook is None else [dictionary.hook, dictionary.target_hook]
-    for name in names:
-        resolve(bridge, name)
+    check_place(bridge, dictionary)
     found = capture(bridge, tokens, names)
     x, y = (found[name][:, 1:].flatten(0, 1).flatten(1) for name in (names[0], names[-1]))  # without BOS
     for what, tensor, width in (("reads", x, dictionary.d_in), ("rebuilds", y, dictionary.d_out)):

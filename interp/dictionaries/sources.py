@@ -15,6 +15,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.cache import ActivationStore, capture
+from interp.models import provenance
 
 
 @runtime_checkable
@@ -50,8 +51,8 @@ class TensorSource:
         return list(self.tensors)
 
     def describe(self) -> dict[str, Any]:
-        first = {name: [float(t.reshape(-1)[0]), float(t.reshape(-1)[-1])] for name, t in self.tensors.items()}
-        return {"kind": "tensors", "shapes": {n: list(t.shape) for n, t in self.tensors.items()}, "ends": first}
+        sums = {name: _checksum(tensor) for name, tensor in self.tensors.items()}
+        return {"kind": "tensors", "shapes": {n: list(t.shape) for n, t in self.tensors.items()}, "sums": sums}
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
         n = len(next(iter(self.tensors.values())))
@@ -71,7 +72,9 @@ class StoreSource:
         return list(self.names)
 
     def describe(self) -> dict[str, Any]:
-        return {"kind": "store", "n_tokens": self.store.n_tokens, "hooks": list(self.names)}
+        origin = {name: self.store.provenance.get(name) for name in ("model", "revision", "weights_state", "dtype")}
+        sums = {name: _checksum(self.store[name][: min(4096, self.store.n_tokens)]) for name in self.names}
+        return {"kind": "store", "n_tokens": self.store.n_tokens, "hooks": list(self.names), "sums": sums, **origin}
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
         reader = self.store.batches(
@@ -111,12 +114,13 @@ class LiveSource:
         return list(self.names)
 
     def describe(self) -> dict[str, Any]:
+        record = provenance(self.bridge)
         return {
             "kind": "live",
-            "model": str(self.bridge.cfg.model_name),
+            "model": {name: record[name] for name in ("model", "revision", "weights_state", "dtype")},
             "hooks": list(self.names),
             "shape": list(self.tokens.shape),
-            "sum": int(self.tokens.sum()),
+            "sums": _checksum(self.tokens),
             "texts_per_buffer": self.texts_per_buffer,
             "skip_first": self.skip_first,
         }
@@ -170,6 +174,14 @@ def as_source(activations: Any, hook: str, target_hook: str | None) -> Source:
     return activations
 
 
+def _checksum(tensor: Tensor) -> list[float]:
+    """Two sums that other numbers, or the same in another order, do not give."""
+    flat = tensor.detach().reshape(-1)
+    n = min(len(flat), 2**22)  # enough to tell data apart, and quick
+    part = flat[torch.linspace(0, len(flat) - 1, n, device=flat.device).long()].double().cpu()
+    return [float(part.sum()), float((part * torch.arange(1, n + 1, dtype=torch.float64)).sum() / n)]
+
+
 def _draws(*numbers: int) -> torch.Generator:
     seed = 0
     for number in numbers:
@@ -189,8 +201,3 @@ def _shuffled_rows(n: int, size: int, seed: int, start: int) -> Iterator[Int[Ten
         for i in range(within, per_epoch):
             yield order[i * size : (i + 1) * size]
         epoch, within = epoch + 1, 0
-
-
-def widths(source: Source, batch_size: int, seed: int) -> dict[str, int]:
-    """Width of every hook's activations, from the first batch."""
-    return {name: tensor.shape[1] for name, tensor in next(iter(source.batches(batch_size, seed=seed))).items()}

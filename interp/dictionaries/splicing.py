@@ -12,6 +12,7 @@ from torch import Tensor
 
 from interp.dictionaries.dictionary import Dictionary
 from interp.hooks import editable, interventions, resolve
+from interp.hooks.names import device_of
 
 LatentEdit = Callable[[Float[Tensor, "batch pos latent"]], Float[Tensor, "batch pos latent"]]
 
@@ -43,7 +44,8 @@ def spliced(
     With `error`, what it misses is added back: the forward is unchanged to the bit until a latent is edited, and an
     edit changes the activation by the decoded change alone. Without, the reconstruction takes the activation's place.
     `torch.autograd.grad` of anything with respect to `latents` and `error` gives their attributions; gradients also go
-    on through the encoder. Activations with several axes per token (`hook_z`) are flattened on the way in and restored.
+    on through the encoder. `backward()` fills `.grad` of both, and of the dictionary's own parameters. Activations with
+    several axes per token (`hook_z`) are flattened on the way in and restored.
 
     Args:
         edit: Latents -> latents, applied before decoding; it must return a new tensor.
@@ -53,7 +55,7 @@ def spliced(
         KeyError, ValueError: Before any forward, if the dictionary names no hook of this model that can be edited; in
             the first one, if its width does not fit.
     """
-    hook, target = _hooks(bridge, dictionary)
+    hook, target = check_place(bridge, dictionary)
     found = Spliced()
     entered: list[Tensor] = []
 
@@ -65,8 +67,11 @@ def spliced(
         x = tensor if target == hook else entered.pop()
         x, own = _flat(x, dictionary.d_in, hook), _flat(tensor, dictionary.d_out, target)
         latents = dictionary.encode(x)
-        if torch.is_grad_enabled() and not latents.requires_grad:
-            latents.requires_grad_()  # a frozen model and dictionary: the graph starts here
+        if torch.is_grad_enabled():
+            if latents.requires_grad:
+                latents.retain_grad()
+            else:
+                latents.requires_grad_()  # a frozen model and dictionary: the graph starts here
         found.latents = latents
         edited = latents if edit is None else edit(latents)
         if edited.shape != latents.shape:
@@ -91,7 +96,18 @@ def spliced(
         yield found
 
 
-def _hooks(bridge: Any, dictionary: Dictionary) -> tuple[str, str]:
+def check_place(bridge: Any, dictionary: Dictionary) -> tuple[str, str]:
+    """The hooks that a dictionary reads and rebuilds, once they can be edited and both are on one device.
+
+    Raises:
+        KeyError, ValueError: See `spliced`.
+    """
+    own, there = dictionary.W_dec.device, device_of(bridge)
+    if own.type != there.type:
+        raise ValueError(
+            f"the dictionary is on {own} and the model on {there}; move one: dictionary.to({str(there)!r}), or "
+            f"device={str(there)!r} for train and load_dictionary"
+        )
     if not dictionary.hook:
         raise ValueError(
             'this dictionary does not say which hook it reads; set dictionary.hook, for example "blocks.2.hook_mlp_out"'
@@ -104,11 +120,16 @@ def _hooks(bridge: Any, dictionary: Dictionary) -> tuple[str, str]:
     return hook, target
 
 
-def _flat(tensor: Tensor, width: int, hook: str) -> Tensor:
-    flat = tensor.flatten(2)
+def check_width(flat: Tensor, width: int, hook: str) -> None:
+    """Raise if activations [..., found] are not as wide as the dictionary."""
     if flat.shape[-1] != width:
         raise ValueError(
             f"{hook!r} of this model is {flat.shape[-1]} wide, the dictionary {width}: it was made for another model "
             f"or hook"
         )
+
+
+def _flat(tensor: Tensor, width: int, hook: str) -> Tensor:
+    flat = tensor.flatten(2)
+    check_width(flat, width, hook)
     return flat

@@ -2,7 +2,8 @@
 
 A run with a path keeps `state.safetensors` (weights, Adam's moments, counts, controller, history) beside it, replaced
 as a whole; killed at any moment, it goes on from the last one and ends with the same bits as if it had not been. At the
-end `dictionary.safetensors` is written, with normalising constants folded in.
+end `dictionary.safetensors` is written (see `load_dictionary`), normalising constants beside the weights. The same
+bits are promised on a CPU; sums on a GPU are not in a fixed order.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from tqdm.auto import tqdm
 from interp.dictionaries._run import Run
 from interp.dictionaries.architectures import build
 from interp.dictionaries.dictionary import Dictionary
-from interp.dictionaries.sources import Source, as_source, widths
+from interp.dictionaries.sources import Source, as_source
 from interp.dictionaries.training_config import TrainingConfig
 
 
@@ -34,7 +35,7 @@ def train(
     *,
     path: str | Path | None = None,
     resume: bool = True,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: bool = False,
 ) -> Dictionary:
     """Train one dictionary.
@@ -45,6 +46,8 @@ def train(
             the hooks, or a `LiveSource`.
         path: Folder for checkpoints and the result; nothing is written without.
         resume: Go on from the checkpoint there; False starts anew.
+        device: Where to train; where the activations are by default (a store's are on the CPU, a live model's where it
+            runs).
 
     Returns:
         The dictionary in normalised units, as trained; `folded()` gives one for raw activations without constants, and
@@ -52,7 +55,7 @@ def train(
 
     Raises:
         ValueError: For settings or data that do not fit, or a checkpoint of other settings or data, before any step.
-        TrainingDiverged: If a loss is not finite.
+        TrainingDiverged: If a loss, a gradient or a weight is not finite; what was learned before is in the checkpoint.
     """
     return train_many([config], activations, paths=[path], resume=resume, device=device, progress=progress)[0]
 
@@ -63,7 +66,7 @@ def train_many(
     *,
     paths: Sequence[str | Path | None] | None = None,
     resume: bool = True,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
     progress: bool = False,
 ) -> list[Dictionary]:
     """Train several dictionaries on the same batches, each read once: seeds, widths, architectures, coefficients.
@@ -81,7 +84,7 @@ def train_many(
             batch = next(batches)
             for run in runs:
                 if run.step == step:
-                    _advance(run, batch)
+                    _advance(run, batch, runs)
             bar.set_postfix_str(str(runs[0]), refresh=False)
             bar.update()
     for run in runs:
@@ -116,7 +119,7 @@ def dry_run(
     activations: Any,
     *,
     steps: int = 3,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | None = None,
 ) -> Estimate:
     """Time and memory of a training run, from `steps` steps after a first one; writes nothing, changes nothing."""
     many = [configs] if isinstance(configs, TrainingConfig) else list(configs)
@@ -137,10 +140,13 @@ def dry_run(
     return Estimate(per_step * many[0].n_steps, parameters, 4 * size, many[0].batch_size / per_step)
 
 
-def _advance(run: Run, batch: Any) -> None:
+def _advance(run: Run, batch: Any, runs: Sequence[Run]) -> None:
     try:
         run.advance(batch)
     except FloatingPointError as error:
+        for other in runs:  # what the others have learned is not lost with it
+            if other is not run and other.path is not None and other.saved != other.step:
+                other.save()
         kept = f"; the state of step {run.saved} is in {run.path}" if run.saved is not None else ""
         raise TrainingDiverged(
             f"step {run.step}: {error}{kept}. Lower the learning rate ({run.config.learning_rate:g}), or look at the "
@@ -153,7 +159,7 @@ def _prepare(
     activations: Any,
     paths: Sequence[str | Path | None] | None,
     resume: bool,
-    device: str | torch.device,
+    device: str | torch.device | None,
 ) -> tuple[list[Run], Source]:
     if not configs:
         raise ValueError("no configurations: nothing to train")
@@ -175,7 +181,9 @@ def _prepare(
     if len(sources) > 1 and isinstance(activations, (Tensor, tuple)):
         raise ValueError(f"dictionaries of several hooks ({sorted(map(str, pairs))}) need a store or a LiveSource")
     source = sources[0] if len(sources) == 1 else _joined(sources, activations)
-    size = widths(source, first.batch_size, first.seed)
+    example = next(iter(source.batches(first.batch_size, seed=first.seed)))
+    size = {name: tensor.shape[1] for name, tensor in example.items()}
+    device = next(iter(example.values())).device if device is None else device
     runs = []
     for config, folder in zip(configs, folders, strict=True):
         settings = dict(config.dictionary)

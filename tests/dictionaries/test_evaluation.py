@@ -108,6 +108,14 @@ def test_streams_equal_the_whole() -> None:
     assert np.allclose(whole.mean_activation, stream.mean_activation, rtol=1e-9)
 
 
+def test_the_size_of_batches_changes_nothing() -> None:
+    bridge, tokens = tiny_bridge("llama"), tiny_tokens()
+    sae = TopKSAE(D_MODEL, 24, k=3, hook=HOOK)
+    one, all_ = (evaluate(sae, bridge, tokens, batch_size=size) for size in (1, len(tokens)))
+    assert np.allclose(one.values, all_.values, rtol=2e-5, atol=2e-6)  # float32 forwards round differently
+    assert np.array_equal(one.density, all_.density)
+
+
 def test_padding_and_bos_are_left_out() -> None:
     bridge, tokens = tiny_bridge("gpt2"), tiny_tokens()
     sae = TopKSAE(D_MODEL, 24, k=3, hook=HOOK)
@@ -146,5 +154,7 @@ def test_what_cannot_be_measured_is_refused() -> None:
         evaluate(sae, bridge, tokens, skip_first=tokens.shape[1] - 1)
     with pytest.raises(ValueError, match="no two neighbouring"):
         evaluate(sae, bridge, tokens, keep=torch.zeros_like(tokens, dtype=torch.bool))
+    with pytest.raises(ValueError, match="another model or hook"):
+        evaluate(TopKSAE(D_MODEL + 1, 24, k=3, hook=HOOK), bridge, tokens)
     with pytest.raises(ValueError, match="batch_size=0"):
         evaluate(sae, bridge, tokens, batch_size=0)

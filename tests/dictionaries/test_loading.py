@@ -117,6 +117,9 @@ def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
         load_dictionary(broken(tmp_path, {"architecture": "temporal"}))
     with pytest.raises(ValueError, match="normalisation 'covariance_whitening'"):
         load_dictionary(broken(tmp_path, {"normalize_activations": "covariance_whitening"}))
+    with pytest.raises(ValueError, match="scaling_factor from 3 to 3"):
+        load_dictionary(broken(tmp_path, scaling_factor=lambda _: torch.full((32,), 3.0)))
+    assert load_dictionary(broken(tmp_path, scaling_factor=lambda _: torch.ones(32))).n_latents == 32
     with pytest.raises(ValueError, match=r"unknown \['threshold'\]"):
         load_dictionary(broken(tmp_path, threshold=lambda _: torch.ones(32)))
     folder = broken(tmp_path)

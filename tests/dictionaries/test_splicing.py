@@ -108,6 +108,22 @@ def test_gradients_reach_latents_and_error(family: str) -> None:
     assert torch.allclose(by_latents, expected @ sae.W_dec.detach().T, atol=1e-5)
 
 
+def test_backward_fills_the_gradients_of_latents_and_error() -> None:
+    bridge, tokens = tiny_bridge("llama"), tiny_tokens()
+    sae = dictionary(bridge)
+    found = []
+    for backward in (False, True):
+        with spliced(bridge, sae) as inside:
+            loss = bridge(tokens)[:, -1, 3].sum()
+        assert inside.latents is not None and inside.error is not None
+        if backward:
+            loss.backward()
+            found.append([inside.latents.grad, inside.error.grad])
+        else:
+            found.append(torch.autograd.grad(loss, [inside.latents, inside.error]))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_what_does_not_fit_is_refused() -> None:
     bridge, tokens = tiny_bridge("llama"), tiny_tokens()
     with pytest.raises(ValueError, match="which hook"), spliced(bridge, TopKSAE(D_MODEL, 8, k=2)):

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -134,8 +135,11 @@ def test_other_settings_and_other_data_are_refused(tmp_path: Path) -> None:
     train(c, x, path=tmp_path)
     with pytest.raises(ValueError, match="dictionary.k is 2 there and 3 here"):
         train(config(dictionary={"k": 3}), x, path=tmp_path)
-    with pytest.raises(ValueError, match="other data"):
-        train(c, activations(seed=1), path=tmp_path)
+    changed = x.clone()
+    changed[3:5] = x[[4, 3]]  # even in another order, with the same ends and sum
+    for other in (activations(seed=1), changed):
+        with pytest.raises(ValueError, match="other data"):
+            train(c, other, path=tmp_path)
     (tmp_path / "state.safetensors").write_bytes(b"not a file of tensors")
     with pytest.raises(ValueError, match="damaged"):
         train(c, x, path=tmp_path)
@@ -187,6 +191,29 @@ def test_nan_stops_with_the_last_good_state(tmp_path: Path) -> None:
         train(config(checkpoint_every=3), Poisoned(source, 7), path=tmp_path)
     tensors, record = final(tmp_path)
     assert record["step"] == 6 and all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+def test_weights_that_blew_up_never_replace_a_good_state(tmp_path: Path) -> None:
+    c = config(clip=None, checkpoint_every=1, learning_rate=1e38, n_steps=3)
+    with pytest.raises(TrainingDiverged, match="not finite"):
+        train(c, activations(), path=tmp_path)
+    assert not (tmp_path / "state.safetensors").exists()
+
+
+def test_one_that_diverges_does_not_take_the_others_along(tmp_path: Path) -> None:
+    wild = config("relu", dictionary={"coefficient": 1e38}, checkpoint_every=100)
+    calm = config("topk", checkpoint_every=100)
+    with pytest.raises(TrainingDiverged):
+        train_many([calm, wild], activations(), paths=[tmp_path / "calm", tmp_path / "wild"])
+    assert final(tmp_path / "calm")[1]["step"] >= 1 and not (tmp_path / "wild").exists()
+
+
+def test_numbers_of_numpy_are_settings_too(tmp_path: Path, unchecked: None) -> None:
+    settings = {"k": np.int64(2), "dtype": torch.float64}
+    train(config(dictionary=settings, checkpoint_every=1), activations().double(), path=tmp_path)
+    assert final(tmp_path)[1]["config"]["dictionary"]["k"] == 2
+    with pytest.raises(ValueError, match="cannot be written"):
+        train(config(notes={"what": object()}), activations())
 
 
 def test_rates_rise_and_fall() -> None:
