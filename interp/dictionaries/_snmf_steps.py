@@ -18,6 +18,8 @@ from torch.nn.functional import embedding_bag
 
 _SPARSE_BELOW = 0.08
 """Share of kept neurons below which gathering rows beats the dense product on a CPU (measured: even at about 0.1)."""
+_CHUNK = 128
+"""Tokens widened to fp64 at a time."""
 CODE_FLOOR = 1e-12
 """Least code of the multiplicative rule, over its component's largest: it could never leave 0, and below lie numbers
 that a CPU multiplies a hundred times more slowly."""
@@ -36,7 +38,7 @@ class Data:
     @cached_property
     def total(self) -> float:
         """Sum of squares."""
-        return sum(float(part.double().square().sum()) for part in self.rows.split(1024))
+        return sum(float(part.double().square().sum()) for part in self.rows.split(_CHUNK))
 
     @cached_property
     def energies(self) -> Float[Tensor, "token"]:
@@ -188,10 +190,10 @@ def exact_loss(
     components: Float[Tensor, "component neuron"],
     codes: Float[Tensor, "component token"],
 ) -> float:
-    """Squared error of the product, in fp64, a thousand tokens at a time."""
+    """Squared error of the product, in fp64, a few tokens at a time."""
     wide = components.double()
     loss = 0.0
-    for part, code in zip(rows.split(1024), codes.split(1024, dim=1), strict=True):
+    for part, code in zip(rows.split(_CHUNK), codes.split(_CHUNK, dim=1), strict=True):
         loss += float((part.double() - code.double().T @ wide).square().sum())
     return loss
 

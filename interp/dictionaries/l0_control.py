@@ -31,8 +31,8 @@ class L0Controller:
     coefficient: float
     path_steps: int = 400
     proportional: float = 2.0
-    integral: float = 0.01
-    settle: float = 150.0
+    integral: float = 0.03
+    settle: float = 75.0
     state: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

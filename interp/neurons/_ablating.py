@@ -182,20 +182,32 @@ def ablated_positions(prompts: Prompts, where: Where) -> Bool[Tensor, "example p
 
 
 def make_ablation(
-    bridge: Any, tasks: Mapping[str, Sequence[Prompts]], mode: Mode, where: Where, statistics: NeuronStatistics | None
-) -> tuple[Ablation, NeuronStatistics]:
+    bridge: Any, named: Mapping[str, Sequence[Neuron]], tasks: Mapping[str, Sequence[Prompts]], mode: Mode,
+    where: Where, statistics: NeuronStatistics | None,
+) -> tuple[Ablation, NeuronStatistics]:  # fmt: skip
     """What to put in, and the statistics that controls are matched by: of these prompts unless they are given."""
-    if statistics is None:
-        statistics = prompt_statistics(bridge, [one for sets in tasks.values() for one in sets], where)
-    shape = geometry(bridge)
-    if statistics.values.shape[:2] != (shape.n_layers, shape.d_mlp):
-        raise ValueError(
-            f"statistics are of {statistics.values.shape[:2]} layers and neurons, this model has "
-            f"{(shape.n_layers, shape.d_mlp)}; call neuron_statistics on this model"
-        )
+    statistics = statistics_for(bridge, tasks, where, statistics)
     means = torch.from_numpy(np.ascontiguousarray(statistics.column("mean")))
+    if mode == "mean":
+        known = [layer for layer, row in enumerate(means.tolist()) if not np.isnan(row).all()]
+        for name, neurons in named.items():
+            if missing := [neuron for neuron in neurons if bool(means[neuron].isnan())]:
+                raise ValueError(
+                    f"set {name!r} has neurons without a mean to put in, {missing[:5]}: statistics are of layers "
+                    f'{known}; call neuron_statistics with the others among layers=, or use mode="zero"'
+                )
     fill = torch.zeros_like(means) if mode == "zero" else means
     return Ablation(fill.to(device_of(bridge)), where), statistics
+
+
+def statistics_for(
+    bridge: Any, tasks: Mapping[str, Sequence[Prompts]], where: Where, statistics: NeuronStatistics | None
+) -> NeuronStatistics:
+    """Those given, if they are of this model, or else of the prompts of the tasks."""
+    if statistics is None:
+        return prompt_statistics(bridge, [one for sets in tasks.values() for one in sets], where)
+    statistics.check_model(bridge)
+    return statistics
 
 
 def prompt_statistics(bridge: Any, prompts: Sequence[Prompts], where: Where) -> NeuronStatistics:

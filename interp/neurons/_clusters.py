@@ -1,4 +1,8 @@
-"""How many groups some vectors fall into, if any: Ward clustering, silhouettes, and a null of one group."""
+"""How many groups some vectors fall into, if any: Ward clustering, silhouettes, and a null of one group.
+
+A heavy tail alone divides: Ward cuts off the outliers, and their silhouette is high. A null without that tail calls
+every such cloud several groups, so that the default one has it.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ import numpy as np
 from scipy.cluster.hierarchy import fcluster, linkage
 from scipy.spatial.distance import pdist, squareform
 
-Null = Literal["gaussian", "shuffled"]
+Null = Literal["elliptical", "gaussian", "shuffled"]
 
 
 class Clusters(NamedTuple):
@@ -39,11 +43,14 @@ def silhouette(distances: np.ndarray, labels: np.ndarray) -> float:
     return float(np.where(alone, 0.0, score).mean())
 
 
-def clusters(vectors: np.ndarray, *, max_k: int, null: Null, n_null: int, alpha: float, seed: int) -> Clusters:
+def clusters(
+    vectors: np.ndarray, *, max_k: int, null: Null, n_null: int, alpha: float, seed: int, sphere: bool = False
+) -> Clusters:
     """The division of vectors `[n, d]` into 2 to `max_k` groups that stands out most from the null, if any does.
 
     For every k the silhouette of a Ward clustering is compared with that of data of one group, and the largest z over
-    k with the largest z of each draw: one test, whatever `max_k`. If it is not significant there is one group.
+    k with the largest z of each draw: one test, whatever `max_k`. If it is not significant there is one group. With
+    `sphere` the vectors have length 1, and so have those that are drawn.
     """
     ks = list(range(2, min(max_k, len(vectors) - 1) + 1))
     whole = np.zeros(len(vectors), dtype=int)
@@ -51,7 +58,7 @@ def clusters(vectors: np.ndarray, *, max_k: int, null: Null, n_null: int, alpha:
         return Clusters(whole, 1, 1.0, ks, np.full((len(ks), 4), np.nan))
     rng = np.random.default_rng(seed)
     observed, labels = _silhouettes(vectors, ks)
-    drawn = np.array([_silhouettes(_draw(vectors, null, rng), ks)[0] for _ in range(n_null)])
+    drawn = np.array([_silhouettes(_draw(vectors, null, rng, sphere), ks)[0] for _ in range(n_null)])
     mean, spread = drawn.mean(0), np.maximum(drawn.std(0, ddof=1), 1e-6)
     z = (observed - mean) / spread
     extreme = ((drawn - mean) / spread).max(1)
@@ -75,10 +82,36 @@ def _silhouettes(vectors: np.ndarray, ks: list[int]) -> tuple[np.ndarray, list[n
     return np.array(scores), labels
 
 
-def _draw(vectors: np.ndarray, null: Null, rng: np.random.Generator) -> np.ndarray:
-    """Vectors of one group: Gaussian with the same mean and covariance, or every coordinate shuffled on its own."""
+def _draw(vectors: np.ndarray, null: Null, rng: np.random.Generator, sphere: bool) -> np.ndarray:
+    """Vectors of one group like these: a Gaussian cloud, one with their tail, or every coordinate shuffled on its own.
+
+    On the sphere a cloud is drawn in the plane that touches it at the mean direction, and wrapped round it.
+    """
     if null == "shuffled":
-        return rng.permuted(vectors, axis=0)
-    centred = vectors - vectors.mean(0)
-    # random mixtures of the centred rows have exactly their covariance, in the space that they span
-    return rng.standard_normal((len(vectors), len(vectors))) @ centred / np.sqrt(len(vectors)) + vectors.mean(0)
+        drawn = rng.permuted(vectors, axis=0)
+        return _unit(drawn) if sphere else drawn
+    if not sphere:
+        return _cloud(vectors, null, rng)
+    pole = _unit(vectors.mean(0, keepdims=True))
+    along = np.clip(vectors @ pole.T, -1, 1)
+    flat = _cloud(_unit(vectors - along * pole) * np.arccos(along), null, rng)
+    angles = np.linalg.norm(flat, axis=1, keepdims=True).clip(1e-30, np.pi)
+    return _unit(np.cos(angles) * pole + np.sin(angles) * _unit(flat))
+
+
+def _cloud(points: np.ndarray, null: Null, rng: np.random.Generator) -> np.ndarray:
+    mean = points.mean(0)
+    centred = points - mean
+    mix = rng.standard_normal((len(points), len(points))) / np.sqrt(len(points))
+    if null == "gaussian":
+        # random mixtures of the centred rows have exactly their covariance, in the space that they span
+        return mix @ centred + mean
+    # Rows at length 1, so that outliers do not decide the covariance; then a length per draw, as in a t distribution.
+    # A draw keeps its own length as a factor: without it a Gaussian along one axis would be two groups, one at each
+    # end, and no two groups could stand out from that.
+    lengths = rng.permutation(np.linalg.norm(centred, axis=1, keepdims=True))
+    return lengths * (mix @ _unit(centred)) + mean
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True).clip(1e-30)

@@ -29,6 +29,16 @@ class Doses:
     names: list[Any]
     numbers: Float[Tensor, "level"] | None
 
+    def check(self, statistics: NeuronStatistics) -> None:
+        """Refuse statistics that lack a level."""
+        known = list(statistics.values["statistic"].values)
+        if self.numbers is None and (missing := [name for name in LEVELS if name not in known]):
+            wanted = ", ".join(f"{float(name[1:]) / 100:g}" for name in LEVELS if name != "max")
+            raise ValueError(
+                f"values='quantiles' needs levels of which statistics have no {', '.join(missing)}; call "
+                f"neuron_statistics with quantiles=({wanted})"
+            )
+
     def of(self, members: Sequence[Neuron], statistics: NeuronStatistics | None) -> Float[Tensor, "level member"]:
         if self.numbers is not None:
             return self.numbers[:, None].expand(-1, len(members))

@@ -117,17 +117,18 @@ def grouped_p(
 
     With K[a, b] = sum over examples of group b of (examples of group a ranked no lower) / rank, average precision is
     the sum of K over the positive groups, over their size: each permutation costs a product of groups x groups numbers.
+    Permutations are taken some at a time, so that none of the blocks has more than `_CELLS` numbers.
     """
     n, n_units = ranking.order.shape
     n_groups = int(groups.max()) + 1
     sizes = torch.bincount(groups, minlength=n_groups).double()
     rng = np.random.default_rng(seed)
-    nulls = []  # per label: which pairs of groups are both positive [draw, group * group], and how many examples
+    nulls = []  # per label: which groups are positive [draw, group], and how many examples these have
     for positive in positives:
         labels = np.zeros(n_groups, dtype=bool)
         labels[groups[positive].unique().cpu().numpy()] = True
         assigned = torch.from_numpy(np.stack([rng.permutation(labels) for _ in range(draws)])).to(sizes)
-        nulls.append(((assigned[:, :, None] * assigned[:, None, :]).flatten(1), assigned @ sizes))
+        nulls.append((assigned, assigned @ sizes))
     p = np.full((len(positives), n_units), np.nan)
     step = max(1, _CELLS // (n * n_groups))
     for start in range(0, n_units, step):
@@ -135,9 +136,13 @@ def grouped_p(
         some = ranking.units(which)
         member = torch.nn.functional.one_hot(groups[some.order].T, n_groups).double()  # [unit, example, group]
         above = member.cumsum(1).gather(1, (some.end.T - 1)[:, :, None].expand_as(member))
-        table = (above.transpose(1, 2) @ (member / some.end.T[:, :, None])).flatten(1)  # [unit, group * group]
-        for label, (pairs, weight) in enumerate(nulls):
-            null = pairs @ table.T / weight[:, None]  # [draw, unit]
-            reached = (null >= some.precision(positives[label]) - _TOLERANCE).sum(0).cpu().numpy()
-            p[label, which.cpu().numpy()] = (reached + 1) / (draws + 1)
+        table = above.transpose(1, 2) @ (member / some.end.T[:, :, None])  # [unit, group, group]
+        size = max(1, _CELLS // (len(which) * n_groups))
+        for label, (assigned, weight) in enumerate(nulls):
+            least = some.precision(positives[label])[:, None] - _TOLERANCE
+            reached = torch.zeros(len(which), dtype=torch.long, device=least.device)
+            for drawn, total in zip(assigned.split(size), weight.split(size), strict=True):
+                null = ((drawn @ table) * drawn).sum(2) / total  # [unit, draw]
+                reached += (null >= least).sum(1)
+            p[label, which.cpu().numpy()] = (reached.cpu().numpy() + 1) / (draws + 1)
     return p

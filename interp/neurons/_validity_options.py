@@ -14,7 +14,7 @@ from torch import Tensor
 from interp.models import Geometry
 from interp.neurons._clamp_edits import Neuron, check_neurons
 from interp.neurons._sides import Side
-from interp.neurons.activation_statistics import NeuronStatistics
+from interp.neurons.activation_statistics import NeuronStatistics, check_revision
 
 Tail = Literal["larger", "upper", "lower"]
 
@@ -28,7 +28,7 @@ class Labels:
     z: Float[Tensor, "layer neuron"]
 
 
-def labels_of(atlas: Any, sides: Sequence[Side] | None, shape: Geometry) -> dict[Side, Labels]:
+def labels_of(bridge: Any, atlas: Any, sides: Sequence[Side] | None, shape: Geometry) -> dict[Side, Labels]:
     own = isinstance(atlas, Mapping)
     known: list[Any] = list(atlas) if own else [str(side) for side in atlas.values["side"].values]
     chosen: list[Side] = known if sides is None else list(sides)
@@ -49,6 +49,8 @@ def labels_of(atlas: Any, sides: Sequence[Side] | None, shape: Geometry) -> dict
                 f"{shape.n_layers} layers of {shape.d_mlp} neurons and {shape.d_vocab} tokens. Is the atlas of another?"
             )
         found[side] = Labels(token, sign.float(), z.float())
+    if not own:
+        check_revision(bridge, atlas, "the atlas is", "decode this model")
     return found
 
 
@@ -65,6 +67,19 @@ def chosen_neurons(neurons: Iterable[Neuron] | None, labels: dict[Side, Labels],
     return pairs
 
 
+def labelled_neurons(chosen: list[Neuron], labels: dict[Side, Labels]) -> dict[int, Int[Tensor, "labelled"]]:
+    """Of each layer that is judged, the neurons with a label on every side: one of them stands in for each."""
+    decoded = torch.stack([label.token >= 0 for label in labels.values()]).all(0)
+    found = {layer: decoded[layer].nonzero()[:, 0] for layer in sorted({layer for layer, _ in chosen})}
+    for layer, some in found.items():
+        if len(some) < 2:
+            raise ValueError(
+                f"layer {layer} has a label on every side for {len(some)} neuron only, and each is compared with another "
+                "one of its layer; expected at least two: decode more of the layer, judge fewer sides, or leave it out"
+            )
+    return found
+
+
 def positions_of(positions: Any, n: int, n_pos: int) -> Int[Tensor, "example"]:
     at = torch.as_tensor(positions).detach().cpu()
     if at.is_floating_point() or at.ndim > 1 or (at.ndim == 1 and len(at) != n):
@@ -75,7 +90,7 @@ def positions_of(positions: Any, n: int, n_pos: int) -> Int[Tensor, "example"]:
 
 
 def check_dose(
-    dose: Any, quantile: Any, columns: dict[str, str], statistics: NeuronStatistics | None, shape: Geometry
+    bridge: Any, dose: Any, quantile: Any, columns: dict[str, str], statistics: NeuronStatistics | None
 ) -> None:
     if dose is not None:
         if not np.isfinite(dose):
@@ -89,7 +104,7 @@ def check_dose(
         raise ValueError(f"quantile={quantile}; expected above 0.5 and at most 1. For the lower side use tail='lower'")
     if statistics is None:
         return
-    statistics.check_model(shape)
+    statistics.check_model(bridge)
     known = statistics.values["statistic"].values
     if missing := [name for name in columns.values() if name not in known]:
         raise ValueError(

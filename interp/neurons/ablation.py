@@ -199,7 +199,7 @@ def ablation_matrix(
     """
     require_eval(bridge)
     named, asked = check_ablation(bridge, sets, tasks, mode, positions, controls, n_controls, batch_size)
-    ablation, statistics = make_ablation(bridge, asked, mode, positions, statistics)
+    ablation, statistics = make_ablation(bridge, named, asked, mode, positions, statistics)
     return measure_sets(
         bridge, ablation, named, asked, controls, n_controls, statistics, batch_size, seed,
         method="ablation_matrix", mode=mode, positions=positions,

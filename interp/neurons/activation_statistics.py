@@ -15,7 +15,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from interp.hooks import hook_name, reads, run_until
-from interp.models import Geometry, geometry, provenance, require_eval
+from interp.models import geometry, provenance, require_eval
 from interp.neurons._clamp_edits import Neuron, check_neurons, check_tokens
 from interp.results import Result, labelled
 
@@ -52,13 +52,15 @@ class NeuronStatistics(Result):
             raise KeyError(f"no statistic {statistic!r}; there are {', '.join(known)}")
         return self.values.values[..., known.index(statistic)]
 
-    def check_model(self, shape: Geometry) -> None:
-        """Raise a ValueError unless these are statistics of a model of this shape."""
+    def check_model(self, bridge: Any) -> None:
+        """Raise a ValueError unless these are statistics of this model: of its shape and its weights."""
+        shape = geometry(bridge)
         if self.values.shape[:2] != (shape.n_layers, shape.d_mlp):
             raise ValueError(
                 f"statistics are of {self.values.shape[0]} layers of {self.values.shape[1]} neurons; this model has "
                 f"{shape.n_layers} of {shape.d_mlp}"
             )
+        check_revision(bridge, self, "statistics are", "call neuron_statistics on this model")
 
     def _measured(self, neurons: Sequence[Neuron]) -> list[Neuron]:
         n_layers, n_neurons = self.values.shape[:2]
@@ -89,6 +91,23 @@ class NeuronStatistics(Result):
             table, x="share", group="layer", title=f"{statistic} over the neurons of each layer", unit=statistic,
             x_title="neurons with at most this value (%)",
         )  # fmt: skip
+
+
+def check_revision(bridge: Any, result: Any, what: str, instead: str) -> None:
+    """Refuse a result of other weights than this model's: checkpoints and seeds of one model have one shape.
+
+    The revision decides, as it names the weights (a commit, or a hash of them): one model may be loaded by a name and
+    by a path. A result without one, made by hand, passes.
+    """
+    theirs = getattr(result, "provenance", {})
+    if "revision" not in theirs:
+        return
+    own = provenance(bridge)
+    if theirs["revision"] != own["revision"]:
+        raise ValueError(
+            f"{what} of {theirs.get('model')} at {theirs['revision']}, but this model is {own['model']} at "
+            f"{own['revision']} (parameters that were changed or moved since loading are another revision); {instead}"
+        )
 
 
 def neuron_statistics(

@@ -171,7 +171,8 @@ def clamp(
     for layer in layers:
         site_hook(bridge, site, layer)
     if statistics is not None:
-        statistics.check_model(shape)
+        statistics.check_model(bridge)
+        doses.check(statistics)
     if statistics is None and ("matched" in controls or doses.numbers is None):
         statistics = neuron_statistics(bridge, tokens, layers=layers)
     draws, quality = [], None

@@ -1,4 +1,4 @@
-"""Whether a neuron's strongest contexts are of one kind or of several."""
+"""Whether a neuron's strongest contexts are of one kind or of several, and whether any positions would be."""
 
 from __future__ import annotations
 
@@ -17,9 +17,10 @@ from interp.cache import capture
 from interp.hooks import hook_name
 from interp.models import geometry, provenance
 from interp.neurons._clusters import Null, clusters
+from interp.neurons._kept import kept_tokens
 from interp.neurons._largest import Side
 from interp.neurons._sides import unembedding
-from interp.neurons.contexts import top_contexts
+from interp.neurons.contexts import contexts_of, top_contexts
 from interp.results import Result, labelled
 from interp.types import Site
 
@@ -32,11 +33,15 @@ class Facets(Result):
 
     Attributes:
         tokens, scores: Token ids and activations around each context, `(rank, offset)`, as in `TopContexts`.
-        silhouettes: `(k, quantity)`: `observed`, the `null_mean` and `null_sd` of data of one facet, and `z`.
+        silhouettes: `(k, quantity)`: `observed`, the `null_mean` and `null_sd` of data of one facet, and `z`; `control`
+            and `control_z` are those of random positions.
         decoded: Per facet the tokens that the mean of its vectors, less that of all, points to most: a direct logit
             lens, which says little in early layers.
         neuron: (layer, index).
-        p_value: Of one facet, corrected for having tried several numbers of them.
+        p_value: Of the vectors being a single cloud of the kind that `null` names, corrected for having tried several
+            numbers of facets. It is about the residual stream at these contexts, not about the neuron: compare it with
+            `control_p_value`.
+        control_facets, control_p_value: The same for as many random positions of the same layer.
         strings: Text of token ids, by id as text.
     """
 
@@ -46,11 +51,31 @@ class Facets(Result):
     decoded: list[list[str]]
     neuron: list[int]
     p_value: float
+    control_facets: int
+    control_p_value: float
     strings: dict[str, str]
 
     @property
     def n_facets(self) -> int:
         return int(self.values.coords["facet"].max()) + 1
+
+    @property
+    def control(self) -> pd.DataFrame:
+        """The neuron's contexts beside random positions of the same layer: does the neuron divide, or any text?
+
+        Columns `positions, n_facets, p_value, k, silhouette, z`; the last two are of the `k` that stands out most from
+        the null, significant or not (NaN where all vectors are equal).
+        """
+        frame = self.silhouettes.to_dataset("quantity").to_dataframe()
+        rows = []
+        for name, facets, p, score, z in (
+            ("contexts", self.n_facets, self.p_value, "observed", "z"),
+            ("random", self.control_facets, self.control_p_value, "control", "control_z"),
+        ):
+            k = int(frame[z].fillna(-np.inf).idxmax())
+            rows.append({"positions": name, "n_facets": facets, "p_value": p, "k": k,
+                         "silhouette": float(frame.loc[k, score]), "z": float(frame.loc[k, z])})  # fmt: skip
+        return pd.DataFrame(rows)
 
     def table(self, k: int = 3) -> pd.DataFrame:
         """One row per facet: size, mean activation, and the commonest tokens there, before and after.
@@ -92,16 +117,17 @@ class Facets(Result):
         )  # fmt: skip
 
     def plot(self) -> Any:
-        """Silhouette by number of facets, with the range of the null (two standard deviations)."""
+        """Silhouette by number of facets, that of random positions, and the range of the null (two deviations)."""
         from interp.plotting import lines
 
         frame = self.silhouettes.to_dataset("quantity").to_dataframe().reset_index()
         observed = pd.DataFrame({"k": frame["k"], "value": frame["observed"], "data": "contexts"})
-        null = pd.DataFrame({"k": frame["k"], "value": frame["null_mean"], "data": "control"})
-        for table, spread in ((observed, 0 * frame["null_sd"]), (null, 2 * frame["null_sd"])):
+        null = pd.DataFrame({"k": frame["k"], "value": frame["null_mean"], "data": "one cloud"})
+        random = pd.DataFrame({"k": frame["k"], "value": frame["control"], "data": "control"})
+        for table, spread in ((observed, 0.0), (null, 2 * frame["null_sd"]), (random, 0.0)):
             table["low"], table["high"] = table["value"] - spread, table["value"] + spread
         return lines(
-            pd.concat([observed, null]), x="k", group="data", interval=("low", "high"),
+            pd.concat([observed, null, random]), x="k", group="data", interval=("low", "high"),
             title=f"Facets of L{self.neuron[0]}N{self.neuron[1]}", unit="mean silhouette", x_title="number of facets",
         )  # fmt: skip
 
@@ -118,7 +144,7 @@ def facets(
     side: Side = "max",
     site: Site | None = None,
     max_k: int = 6,
-    null: Null = "gaussian",
+    null: Null = "elliptical",
     n_null: int = 99,
     alpha: float | int = 0.05,
     window: tuple[int, int] = (8, 3),
@@ -127,11 +153,17 @@ def facets(
     batch_size: int = 32,
     seed: int = 0,
 ) -> Facets:
-    """Group the strongest contexts of a neuron by the residual stream there: the antidote to one-token labels.
+    """Group the strongest contexts of a neuron by the residual stream there, beside random positions.
 
-    The vectors (scaled to length 1) of the `n` strongest distinct contexts are clustered (Ward), and the silhouette of
-    every number of groups is compared with that of data of a single group. Only a division that stands out is
-    reported; otherwise there is one facet. Costs two forwards, less the layers above the neuron's.
+    A label of one token hides that a neuron may fire in several kinds of contexts; this looks for them. The vectors
+    (scaled to length 1) of the `n` strongest distinct contexts are clustered (Ward), and the silhouette of every
+    number of groups is compared with that of single clouds on the sphere. Only a division that stands out is reported;
+    otherwise there is one facet.
+
+    Facets describe the stream at the contexts. They belong to the neuron only as far as random positions of the layer
+    lack them: in ordinary text most sets of positions divide, by their tokens. As many random distinct contexts of
+    the same text (the neuron's may be among them) go through the same test: read `.control` first. Costs two forwards,
+    less the layers above the neuron's; the second reads up to 2 n rows.
 
     Args:
         neuron: (layer, index).
@@ -139,11 +171,16 @@ def facets(
         side: `"max"`, or `"min"` for the strongest negative activations.
         site: Where the vectors come from, in the neuron's layer: by default `resid_mid`, which the MLP reads, or
             `resid_pre` in parallel blocks.
-        null: Data of one group: `"gaussian"`, with the same mean and covariance, or `"shuffled"`, each coordinate
-            permuted on its own. The latter also destroys correlations between coordinates, and so finds facets in any
-            elongated cloud.
+        null: Data of one group. `"gaussian"`: a Gaussian cloud of the same mean and covariance, in the plane that
+            touches the sphere at the mean direction, wrapped round the sphere. It calls most heavy-tailed clouds
+            several facets. `"elliptical"`: so, with covariance from the directions of the deviations, and a length per
+            draw from the data. FALSE_RATES
+            `"shuffled"`: each coordinate permuted on its own, then length 1; this also destroys correlations between
+            coordinates, and so finds facets in any elongated cloud. A single skewed or curved cloud can be divided
+            under each of them.
         n_null: Draws; the smallest p-value is 1 / (n_null + 1).
         alpha: Largest p-value at which more than one facet is reported.
+        seed: Of the null and of the random positions.
 
     Raises:
         ValueError: If an option does not fit, or the text has fewer than 10 distinct contexts. RuntimeError: In
@@ -151,7 +188,8 @@ def facets(
 
     Source:
         Multifaceted feature visualisation (Nguyen, Yosinski & Clune 2016, arXiv:1602.03616) carried over to text;
-        silhouette: Rousseeuw 1987. The test against one group is ours.
+        silhouette: Rousseeuw 1987. The test against one cloud is ours (its covariance: Visuri, Koivunen & Oja
+        2000, spatial signs).
     """
     parallel = geometry(bridge).parallel
     where: Site = site or ("resid_pre" if parallel else "resid_mid")
@@ -174,21 +212,33 @@ def facets(
         batch_size=batch_size,
     )  # fmt: skip
     found = top.values.isel(unit=0, rank=np.isfinite(top.values.values[0]))
-    if len(found.values) < 10:
-        raise ValueError(f"this text has {len(found.values)} distinct contexts, too few to group; give more text")
-    rows, pos = (torch.from_numpy(found.coords[name].values).long() for name in ("row", "pos"))
+    if len(found) < 10:
+        raise ValueError(f"this text has {len(found)} distinct contexts, too few to group; give more text")
+    generator = torch.Generator().manual_seed(seed)
+    kept = kept_tokens(bridge, tokens, keep, skip_bos, batch_size)
+    random = contexts_of(
+        torch.rand(tokens.numel(), 1, generator=generator), tokens, n=len(found), window=window, once="context",
+        keep=kept,
+    ).values[0]  # fmt: skip
+    rows, pos = (
+        torch.from_numpy(np.concatenate([places.coords[name].values for places in (found, random)])).long()
+        for name in ("row", "pos")
+    )
     hook = hook_name(where, neuron[0])
     vectors = capture(bridge, tokens[rows.to(tokens.device)], hook, positions=pos, batch_size=batch_size)[hook]
     vectors = vectors.cpu().double()
-    unit = vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)
-    grouped = clusters(unit.numpy(), max_k=max_k, null=null, n_null=n_null, alpha=float(alpha), seed=seed)
+    unit, other = (vectors / vectors.norm(dim=1, keepdim=True).clamp_min(1e-30)).split(len(found))
+    grouped, control = (
+        clusters(some.numpy(), max_k=max_k, null=null, n_null=n_null, alpha=float(alpha), seed=seed, sphere=True)
+        for some in (unit, other)
+    )
     weights = unembedding(bridge, fold=True).double().cpu()
     decoded = []
     for number in range(grouped.k):
         centre = unit[torch.from_numpy(grouped.labels == number)].mean(0) - (unit.mean(0) if grouped.k > 1 else 0)
         ids = (centre @ weights).topk(min(10, weights.shape[1])).indices.tolist()
         decoded.append([f"#{i}" if bridge.tokenizer is None else bridge.tokenizer.decode([i]).strip() for i in ids])
-    places = range(len(found.values))
+    places = range(len(found))
     coords = {
         "facet": ("rank", grouped.labels),
         **{name: ("rank", found.coords[name].values) for name in ("row", "pos", "token")},
@@ -203,10 +253,14 @@ def facets(
         tokens=top.tokens.isel(unit=0, rank=places),
         scores=top.scores.isel(unit=0, rank=places),
         silhouettes=labelled(
-            grouped.table, ("k", "quantity"), {"k": grouped.ks, "quantity": ["observed", "null_mean", "null_sd", "z"]}
+            np.concatenate([grouped.table, control.table[:, [0, 3]]], 1),
+            ("k", "quantity"),
+            {"k": grouped.ks, "quantity": ["observed", "null_mean", "null_sd", "z", "control", "control_z"]},
         ),
         decoded=decoded,
         neuron=[int(neuron[0]), int(neuron[1])],
         p_value=grouped.p_value,
+        control_facets=control.k,
+        control_p_value=control.p_value,
         strings=top.strings,
     )

@@ -109,6 +109,9 @@ class DoseResponse(Result):
         the p-value that the difference is symmetric about zero (`interp.stats.paired_test`), over examples. Draws are
         averaged, so the interval is over examples and not over control neurons.
 
+        `n` is the number of examples: those are left out in which the clamp, or every draw of the control, has no value
+        (`label_rank` where a clamp changes no more than rounding). NaN if none is left.
+
         Args:
             against: `"matched"` or `"random"`.
             level: Index of the level; the last by default.
@@ -119,15 +122,19 @@ class DoseResponse(Result):
         if against not in self._kinds() or against == "clamped":
             known = ", ".join(map(repr, self._kinds()[1:])) or "no control"
             raise ValueError(f"against={against!r}; this result has {known}")
-        own = self._of("clamped", quantity)[:, 0, level]
-        other = self._of(against, quantity).mean(1)[:, level]
-        difference, low, high = stats.bootstrap_interval(own - other, confidence=confidence)
-        return pd.DataFrame(
-            {
-                self.unit: self.values[self.unit].values, "clamped": own.mean(-1), against: other.mean(-1),
-                "difference": difference, "low": low, "high": high, "p_value": stats.paired_test(own - other),
-            }
-        )  # fmt: skip
+        pairs = zip(self._of("clamped", quantity)[:, 0, level], self._of(against, quantity)[:, :, level], strict=True)
+        rows = []
+        for name, (own, draws) in zip(self.values[self.unit].values, pairs, strict=True):
+            kept = ~np.isnan(own) & ~np.isnan(draws).all(0)
+            row = {self.unit: name, "clamped": np.nan, against: np.nan, "difference": np.nan, "low": np.nan}
+            row |= {"high": np.nan, "p_value": np.nan, "n": int(kept.sum())}
+            if kept.any():
+                own, other = own[kept], np.nanmean(draws[:, kept], 0)
+                difference, low, high = stats.bootstrap_interval(own - other, confidence=confidence)
+                row |= {"clamped": own.mean(), against: other.mean(), "difference": float(difference)}
+                row |= {"low": float(low), "high": float(high), "p_value": float(stats.paired_test(own - other))}
+            rows.append(row)
+        return pd.DataFrame(rows)
 
     def plot(self, which: int | str = 0) -> Any:
         """Effect over dose of one neuron (its place or its name), with its controls; bands are 95 % over examples.

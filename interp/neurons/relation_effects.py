@@ -171,20 +171,22 @@ def cumulativity(
         raise ValueError(f"counts={list(counts)}; expected numbers of at least 1")
     if short := {name: len(neurons) for name, neurons in named.items() if len(neurons) < sizes[-1]}:
         raise ValueError(f"rankings have {short} neurons but counts goes to {sizes[-1]}")
-    ablation, statistics = make_ablation(bridge, asked, mode, positions, statistics)
+    named = {name: neurons[: sizes[-1]] for name, neurons in named.items()}
+    ablation, statistics = make_ablation(bridge, named, asked, mode, positions, statistics)
     n_draws = n_controls if controls else 1
     effects, levels, quality = [], [], {}
-    for number, (name, prompts) in enumerate(asked.items()):
-        whole = [named[name][: sizes[-1]]]
+    whole = {name: [named[name]] for name in asked}
+    for number, name in enumerate(asked):  # all of them before the first forward: a match may be refused
         for control in controls:
             drawn, quality[f"{control}: {name}"] = control_sets(
-                statistics, whole[0], control, n_controls, seed + number
+                statistics, named[name], control, n_controls, seed + number
             )
-            whole += drawn
-        removed = [neurons[:count] for neurons in whole for count in sizes]
+            whole[name] += drawn
+    for name, prompts in asked.items():
+        removed = [neurons[:count] for neurons in whole[name] for count in sizes]
         before = np.concatenate([intact_scores(bridge, one, batch_size) for one in prompts], -1)
         after = np.concatenate([set_scores(bridge, ablation, one, removed, batch_size) for one in prompts], -1)
-        change = (after - before[:, None]).reshape(len(MEASURES), len(whole), len(sizes), -1)
+        change = (after - before[:, None]).reshape(len(MEASURES), len(whole[name]), len(sizes), -1)
         placed = np.full((len(MEASURES), 1 + len(controls), n_draws, len(sizes), change.shape[-1]), np.nan, np.float32)
         placed[:, 0, 0] = change[:, 0]
         for kind in range(len(controls)):

@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from interp.models import geometry, provenance, require_eval
-from interp.neurons._ablating import Control, Shift, Tasks, check_ablation, prompt_statistics
+from interp.neurons._ablating import Control, Shift, Tasks, check_ablation, statistics_for
 from interp.neurons._clamp_edits import Neuron, check_neurons
 from interp.neurons._sides import side_vectors, unembedding
 from interp.neurons.ablation import AblationMatrix, measure_sets
@@ -202,8 +202,7 @@ def knowledge_transplant(
     if (shape.n_layers, shape.d_mlp, shape.d_model) != (other.n_layers, other.d_mlp, other.d_model):
         raise ValueError(f"the models differ in shape: {shape} and {other}; vectors are replaced one by one")
     named, asked = check_ablation(before, vectors, tasks, "zero", "all", controls, n_controls, batch_size)
-    if statistics is None:
-        statistics = prompt_statistics(before, [one for prompts in asked.values() for one in prompts], "all")
+    statistics = statistics_for(before, asked, "all", statistics)
 
     def change(_number: int, neuron: Neuron) -> Float[Tensor, " d_model"]:
         layer, index = neuron

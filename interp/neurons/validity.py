@@ -18,7 +18,16 @@ from interp.neurons._clamp_edits import Clamps, Neuron, check_tokens, choice
 from interp.neurons._clamp_runs import ClampRuns, Work, examples_at_once, rows_at_once
 from interp.neurons._dosing import is_rounding, rank_in
 from interp.neurons._sides import Side, side_vectors, unembedding
-from interp.neurons._validity_options import Labels, Tail, check_dose, chosen_neurons, doses_of, labels_of, positions_of
+from interp.neurons._validity_options import (
+    Labels,
+    Tail,
+    check_dose,
+    chosen_neurons,
+    doses_of,
+    labelled_neurons,
+    labels_of,
+    positions_of,
+)
 from interp.neurons.activation_statistics import NeuronStatistics, neuron_statistics
 from interp.neurons.validity_result import Validity
 from interp.results import labelled
@@ -80,13 +89,14 @@ def validate(
     require_eval(bridge)
     shape = geometry(bridge)
     tokens = check_tokens(bridge, tokens)
-    labels = labels_of(atlas, sides, shape)
+    labels = labels_of(bridge, atlas, sides, shape)
     chosen = chosen_neurons(neurons, labels, shape)
+    labelled_of = labelled_neurons(chosen, labels)
     at = positions_of(positions, *tokens.shape)
     choice("mode", mode, ("set", "add"))
     choice("tail", tail, get_args(Tail))
     columns = {"upper": f"q{100 * float(quantile):g}", "lower": f"q{100 * (1 - float(quantile)):g}"}
-    check_dose(dose, quantile, columns, statistics, shape)
+    check_dose(bridge, dose, quantile, columns, statistics)
     layers = sorted({layer for layer, _ in chosen})
     if dose is None and statistics is None:
         statistics = neuron_statistics(
@@ -112,7 +122,8 @@ def validate(
             for layer in layers:
                 here = torch.tensor([i for which, i in chosen if which == layer])
                 where = torch.tensor([places[layer, int(i)] for i in here])
-                _measure_layer(bridge, runs, layer, here, where, examples, labels, doses[layer], rows, seed, found)
+                others = _other(here, seed + layer, labelled_of[layer])
+                _measure_layer(bridge, runs, layer, here, others, where, examples, labels, doses[layer], rows, found)
                 bar.update()
     settings = {
         "sides": list(labels), "mode": mode, "tail": tail if dose is None else None, "dose": dose,
@@ -136,12 +147,12 @@ def _measure_layer(
     runs: ClampRuns,
     layer: int,
     here: Int[Tensor, "neuron"],
+    others: Int[Tensor, "neuron"],
     where: Int[Tensor, "neuron"],
     examples: Int[Tensor, "some"],
     labels: dict[Side, Labels],
     doses: Float[Tensor, "d_mlp"],
     rows: int,
-    seed: int,
     found: _Found,
 ) -> None:
     """Clamp these neurons of a layer, some at a time, and store how their effects agree with their decodings."""
@@ -149,7 +160,6 @@ def _measure_layer(
     vectors = {side: side_vectors(bridge, layer, side).to(device) for side in labels}
     directions = unembedding(bridge).to(device)
     directions = directions - directions.mean(1, keepdim=True)
-    others = _other(here, seed + layer, doses.shape[0])
     old = runs.active[layer][:, -1]  # [example, d_mlp]
     for part in torch.arange(len(here)).split(max(1, rows // len(examples))):
         index, place = here[part], where[part]
@@ -178,12 +188,10 @@ def _measure_layer(
                     to[s, place[:, None], examples] = torch.where(noise, torch.nan, values).float().cpu()
 
 
-def _other(here: Int[Tensor, "neuron"], seed: int, d_mlp: int) -> Int[Tensor, "neuron"]:
-    """Another neuron of the layer for each, drawn evenly."""
-    if d_mlp < 2:
-        return here
-    step = torch.randint(1, d_mlp, here.shape, generator=torch.Generator().manual_seed(seed))
-    return (here + step) % d_mlp
+def _other(here: Int[Tensor, "neuron"], seed: int, pool: Int[Tensor, "labelled"]) -> Int[Tensor, "neuron"]:
+    """Another neuron of the layer for each, drawn evenly from those that have labels (ascending, `here` among them)."""
+    step = torch.randint(1, len(pool), here.shape, generator=torch.Generator().manual_seed(seed))
+    return pool[(torch.searchsorted(pool, here) + step) % len(pool)]
 
 
 def _only(position: int, n: int) -> Tensor:

@@ -81,7 +81,7 @@ def test_effects_are_those_of_adding_by_hand(family_name: str, positions: Any) -
         np.testing.assert_allclose(found.values.values[g], expected.numpy(), atol=2e-4)
     assert found.values.attrs["unit"] == "logits"
     assert found.provenance["norm"] == pytest.approx(float(size), rel=1e-4)
-    assert found.provenance["cost"] == {"forwards": 1 + 1 + 4 * 3}
+    assert found.provenance["cost"] == {"forwards": 1, "partial_forwards": 4 * 3}  # a group and two draws each
     split = amplify_groups(
         bridge, tokens, 1, groups, TARGETS, strength=0.7, positions=positions, n_random=2, batch_size=3, seed=1
     )
@@ -106,13 +106,13 @@ def test_a_planted_model_has_the_weekday_table() -> None:
                 weight[:, neuron] = rows[i, neuron].sign() * own[i]
     groups = family_groups(rows, NAMES)
     targets = {name: [i] for name, i in zip(NAMES, ids, strict=True)}
-    found = amplify_groups(bridge, tiny_tokens(8, 6), layer, groups, targets, strength=2.0)
+    found = amplify_groups(bridge, tiny_tokens(8, 6), layer, groups, targets, strength=2.0, n_random=39)
     table = found.table()
     assert (table.loc["shared core"] > 0).all()
     for name in NAMES:
         assert table.loc[f"{name} only", name] == table.loc[f"{name} only"].max() > 0
     frame = found.contrasts().set_index("group")
-    assert (frame["p_value"] < 0.05).all()
+    np.testing.assert_allclose(frame["p_value"], 1 / 40)  # above all draws
     assert (frame.loc[[f"{name} only" for name in NAMES], "own_minus_others_low"] > 0).all()
     assert (frame["random_own"].abs() < 0.5 * frame["own"]).all()
     numbers = found.summary()
@@ -121,8 +121,65 @@ def test_a_planted_model_has_the_weekday_table() -> None:
     assert numbers["core"] == pytest.approx(table.loc["shared core"].mean(), abs=1e-5)
     assert numbers["exclusive: own"] == pytest.approx(own, abs=1e-5)
     assert numbers["exclusive: others"] == pytest.approx(others, abs=1e-5)
-    assert numbers["exclusive with p < 0.05"] == 1
+    assert numbers["exclusive with p <= 0.05"] == 1
     assert len(found.plot().data) > 0
+
+
+def test_groups_of_random_neurons_are_significant_as_often_as_they_should_be() -> None:
+    """p <= 0.05 in one case of twenty: by chance 27 +- 5 of 540; sign flips over examples had half of them."""
+    bridge, tokens, found = tiny_bridge("llama"), tiny_tokens(6, 5), []
+    for seed in range(60):
+        rows, order = torch.zeros(9, D_MLP), torch.randperm(D_MLP, generator=torch.Generator().manual_seed(seed))
+        rows.scatter_(1, order[:27].reshape(9, 3), torch.tensor([1.0, -2, 3]).expand(9, 3))
+        members = [str(i) for i in range(9)]
+        targets = {name: [5 * i + seed % 5] for i, name in enumerate(members)}
+        effects = amplify_groups(
+            bridge, tokens, 2, family_groups(rows, members), targets, n_random=19, seed=seed, batch_size=2000
+        )
+        found.append(effects.contrasts().set_index("group").drop("shared core")["p_value"].to_numpy())
+    p = np.stack(found)
+    assert p.shape == (60, 9) and p.min() == 1 / 20
+    assert 0.02 < (p <= 0.05).mean() < 0.085
+    assert abs(p.mean() - 0.525) < 0.06  # uniform over 1/20, ..., 20/20
+
+
+def test_p_values_are_the_ranks_among_the_draws() -> None:
+    groups, rng = family_groups(family(), NAMES), np.random.default_rng(0)
+    found = amplify_groups(tiny_bridge("llama"), tiny_tokens(), 1, groups, TARGETS, n_random=4)
+    n = found.values.sizes["example"]
+    found.values.values[:] = np.array([1.0, 3, 1])[None, :, None] + rng.normal(size=(4, 3, n)) * 0.01
+    gaps = np.array([-1.0, 1.9, 2.1, 5.0])  # of "two only": two of four above its 2
+    found.control.values[:] = 0.0
+    found.control.values[2, :, 1] = gaps[:, None] + rng.normal(size=(4, n)) * 0.01
+    frame = found.contrasts().set_index("group")
+    assert frame.loc["two only", "p_value"] == pytest.approx(3 / 5)
+    assert frame.loc["two only", "own_minus_others"] == pytest.approx(2, abs=0.05)
+    assert frame.loc["two only", "random_own_minus_others"] == pytest.approx(gaps.mean(), abs=0.05)
+    assert frame.loc["two only", "random_own_high"] == pytest.approx(np.quantile(gaps, 0.975), abs=0.05)
+    assert frame.loc["one only", "p_value"] == 1  # 1 against 2 of the others, draws at 0
+    assert frame.loc["shared core", "p_value"] == pytest.approx(1 / 5)
+
+
+@pytest.mark.parametrize("family_name", FAMILIES)
+@pytest.mark.parametrize("positions", ["last", "all"])
+def test_effects_do_not_depend_on_the_batch_size(family_name: str, positions: Any) -> None:
+    bridge, groups = tiny_bridge(family_name), family_groups(family(), NAMES)
+    tokens = tiny_tokens(5, 6)
+    runs = [
+        amplify_groups(bridge, tokens, 1, groups, TARGETS, strength=3, positions=positions, n_random=2, batch_size=size)
+        for size in (1, 2, len(tokens), 100)
+    ]
+    for other in runs[:-1]:
+        assert other.provenance["norm"] == pytest.approx(runs[-1].provenance["norm"], rel=1e-5)
+        np.testing.assert_allclose(other.values.values, runs[-1].values.values, atol=1e-4)
+        np.testing.assert_allclose(other.control.values, runs[-1].control.values, atol=1e-4)
+    with torch.no_grad(), reads(bridge, hook_name("neuron", 1)) as seen:
+        norms = []
+        for row in tokens:
+            bridge(row[None])
+            norms.append(seen[hook_name("neuron", 1)][0, -1 if positions == "last" else slice(None)].norm(dim=-1))
+    assert runs[0].provenance["norm"] == pytest.approx(3 * float(torch.stack(norms).mean()), rel=1e-4)
+    assert float(torch.stack(norms)[0].mean()) != pytest.approx(float(torch.stack(norms).mean()), rel=1e-3)
 
 
 def test_controls_are_outside_all_groups_with_the_same_entries_and_nothing_is_measured_for_no_neurons() -> None:
@@ -142,7 +199,9 @@ def test_controls_are_outside_all_groups_with_the_same_entries_and_nothing_is_me
     assert found.contrasts().set_index("group").loc["shared core"].drop("neurons").isna().all()
     crowded = torch.ones(3, D_MLP) * torch.tensor([[1.0], [2.0], [3.0]])
     full = amplify_groups(tiny_bridge("llama"), tiny_tokens(), 1, family_groups(crowded, NAMES), TARGETS, n_random=1)
-    assert np.isnan(full.control.values).all()
+    assert np.isnan(full.control.values).all() and full.contrasts()["p_value"].isna().all()
+    none = amplify_groups(tiny_bridge("llama"), tiny_tokens(), 1, groups, TARGETS, n_random=0)
+    assert none.contrasts()["p_value"].isna().all() and not none.contrasts()["own"].isna().any()
 
 
 def test_refusals_come_before_any_forward_and_results_are_saved(tmp_path: Any) -> None:

@@ -95,8 +95,8 @@ def test_losses_of_a_chain_are_squared_errors() -> None:
 def test_planted_groups_of_groups_are_the_tree() -> None:
     # Two coarse groups of two pairs each; the members of a group are active together.
     rng = torch.Generator().manual_seed(1)
-    coarse = torch.rand(400, 2, generator=rng) * (torch.rand(400, 2, generator=rng) < 0.5)
-    own = torch.rand(400, 4, generator=rng) < 0.7
+    coarse = torch.rand(200, 2, generator=rng) * (torch.rand(200, 2, generator=rng) < 0.5)
+    own = torch.rand(200, 4, generator=rng) < 0.7
     fine = coarse.repeat_interleave(2, dim=1) * own
     atoms = torch.zeros(4, 40)
     for number, atom in enumerate(atoms):

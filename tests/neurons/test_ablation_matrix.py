@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,20 @@ import xarray as xr
 
 from interp.hooks import hook_name, interventions
 from interp.metrics import accuracy, answer_log_prob, logit_difference
-from interp.neurons import AblationMatrix, Cumulativity, ablation_matrix, cumulativity, neuron_statistics, versatility
+from interp.models import provenance
+from interp.neurons import (
+    AblationMatrix,
+    Cumulativity,
+    ablation_matrix,
+    cumulativity,
+    knowledge_transplant,
+    neuron_statistics,
+    versatility,
+)
 from interp.neurons.relation_effects import _at_least
 from interp.prompts import Prompts
 from tests.helpers import D_MLP, FAMILIES, N_LAYERS, tiny_bridge, tiny_tokens
+from tests.neurons.test_clamping import no_forward
 
 SETS = {"first": [(0, 3), (0, 5), (1, 2)], "second": [(1, 7)]}
 
@@ -115,6 +126,40 @@ def test_given_statistics_are_what_is_put_in() -> None:
         ablation_matrix(
             tiny_bridge("gpt2", intermediate_size=24, n_inner=24), {"s": [(0, 1)]}, TASKS, statistics=statistics
         )
+
+
+def test_means_that_were_not_measured_are_refused_before_any_forward(monkeypatch) -> None:
+    bridge = tiny_bridge("gpt2")
+    some = neuron_statistics(bridge, tiny_tokens(4, 9, seed=9), layers=[1])
+    alone = {"second": SETS["second"]}
+    found = ablation_matrix(bridge, alone, TASKS, controls=("matched", "uniform"), n_controls=2, statistics=some)
+    assert np.isfinite(found.values.sel(task="second").dropna("example", how="all")).all()
+    assert found.values.sel(task="first").notnull().all() and found.controls.sel(task="first").notnull().all()
+    zero = ablation_matrix(bridge, SETS, TASKS, mode="zero", controls=(), statistics=some)  # needs no mean
+    assert zero.values.sel(task="first").notnull().all()
+    no_forward(bridge, monkeypatch)
+    rankings = {"first": [(1, 4), (1, 5)], "second": [(1, 7), (0, 2)]}
+    for controls in ((), ("uniform",), ("matched",)):
+        with pytest.raises(ValueError, match=r"set 'first' .*\(0, 3\).*layers \[1\]"):
+            ablation_matrix(bridge, SETS, TASKS, controls=controls, statistics=some)
+        with pytest.raises(ValueError, match=r"set 'second' .*\(0, 2\).*layers \[1\]"):
+            cumulativity(bridge, rankings, TASKS, counts=(2,), controls=controls, statistics=some)
+    with pytest.raises(ValueError, match="layer 0 was not measured"):  # to match a later task's controls by
+        cumulativity(bridge, rankings, TASKS, counts=(2,), controls=("matched",), mode="zero", statistics=some)
+
+
+def test_statistics_of_another_model_of_this_shape_are_refused(monkeypatch) -> None:
+    bridge, other = tiny_bridge("gpt2"), tiny_bridge("gpt2", seed=1)
+    statistics = neuron_statistics(other, tiny_tokens(4, 9))
+    no_forward(bridge, monkeypatch)
+    own, theirs = (re.escape(provenance(model)["revision"]) for model in (bridge, other))
+    message = f"statistics are of tiny-gpt2 at {theirs}.*this model is tiny-gpt2 at {own}"
+    with pytest.raises(ValueError, match=message):
+        ablation_matrix(bridge, SETS, TASKS, statistics=statistics)
+    with pytest.raises(ValueError, match=message):
+        cumulativity(bridge, {name: [(0, 1)] for name in TASKS}, TASKS, counts=(1,), statistics=statistics)
+    with pytest.raises(ValueError, match=message):
+        knowledge_transplant(bridge, other, SETS, TASKS, statistics=statistics)
 
 
 def planted() -> AblationMatrix:

@@ -105,7 +105,7 @@ def test_labels_are_the_tokens_of_the_peaks(atlas: NeuronAtlas) -> None:
         top, bottom = float(atlas.top_values.values[(*cell, 0)]), float(atlas.bottom_values.values[(*cell, 0)])
         ids = atlas.top_ids if top >= -bottom else atlas.bottom_ids
         assert row.id == int(ids.values[(*cell, 0)]) and row.value == (top if top >= -bottom else bottom)
-        assert row.sign == np.sign(row.value) and row.token == f"w{row.id}" or row.id < 3
+        assert row.sign == np.sign(row.value) and (row.token == f"w{row.id}" or row.id < 3)
         assert (row.z, row.p, row.q) == tuple(float(part.values[cell]) for part in (atlas.z, atlas.p, atlas.q))
     counts = frame.groupby("side")["id"].value_counts()
     for (side, token), count in counts.items():  # pyright: ignore[reportGeneralTypeIssues]
@@ -198,7 +198,11 @@ def test_what_every_result_can_do(atlas: NeuronAtlas) -> None:
 
 @pytest.mark.parametrize("score", ["centred_cosine", "dot", "prob"])
 def test_the_figure_shows_peaks_and_null_peaks_on_one_scale(score: Any) -> None:
-    atlas = decode(tiny_bridge("llama"), weights=["in", "out"], score=score)
+    bridge = fresh_bridge("llama")
+    with torch.no_grad():
+        for block in bridge.blocks:
+            block.mlp.W_out.mul_(5)
+    atlas = decode(bridge, weights=["in", "out"], score=score)
     figure = atlas.plot()
     lines = {trace.name: trace for trace in figure.data if trace.name and trace.mode and "lines" in trace.mode}
     assert {"in", "in, null", "out", "out, null"} <= set(lines)

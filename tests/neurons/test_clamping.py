@@ -442,6 +442,19 @@ def test_statistics_of_another_model_training_mode_and_wrong_values_are_refused(
                 run()
 
 
+def test_statistics_without_the_quantiles_or_of_other_weights_are_refused(monkeypatch: pytest.MonkeyPatch):
+    bridge, tokens = tiny_bridge("gpt2"), tiny_tokens(N, POS)
+    few = neuron_statistics(bridge, tokens, quantiles=(0, 0.5, 0.99))
+    other = neuron_statistics(tiny_bridge("gpt2", seed=1), tokens)
+    given = clamp(bridge, tokens, [(0, 1)], [1.0], labels=[3], statistics=few, n_controls=1)  # needs no quantile
+    assert np.isfinite(given.values.values).all()
+    no_forward(bridge, monkeypatch)
+    with pytest.raises(ValueError, match=r"no q90, q99.9;.*quantiles=\(0, 0.5, 0.9, 0.99, 0.999\)"):
+        clamp(bridge, tokens, [(0, 1)], "quantiles", labels=[3], statistics=few)
+    with pytest.raises(ValueError, match="statistics are of tiny-gpt2 at .*this model is tiny-gpt2 at "):
+        clamp(bridge, tokens, [(0, 1)], "quantiles", labels=[3], statistics=other)
+
+
 def test_bad_metrics_are_named_and_hooks_are_removed():
     bridge, tokens = tiny_bridge("llama"), tiny_tokens(N, POS)
     before = bridge(tokens)

@@ -11,7 +11,7 @@ from helpers import D_MLP, D_VOCAB, FAMILIES, N_LAYERS, fresh_bridge, tiny_bridg
 from interp.neurons import _label_lists as lists
 from interp.neurons._sides import side_vectors, unembedding
 from interp.neurons.births import LabelBirths, label_births
-from interp.neurons.comparing import AtlasComparison, compare
+from interp.neurons.comparing import PARTS, AtlasComparison, compare
 from interp.neurons.decoding import decode
 from interp.neurons.robustness import label_robustness
 
@@ -410,3 +410,83 @@ class TestRobustness:
             label_robustness(bridge, [0.1], noise_seeds=0)
         with pytest.raises(ValueError, match="kept must lie between 0 and 1, got 75.4"):
             label_robustness(bridge, [0.1], noise_seeds=1, weights="in").size_for(75.4)
+
+
+def _pruned(layer: int = 1, n: int = 12, **changes):
+    """The first neurons of a layer write nothing, or next to nothing."""
+    bridge = fresh_bridge("llama", **changes)
+    with torch.no_grad():
+        bridge.blocks[layer].mlp.W_out[: n // 2] = 0.0
+        bridge.blocks[layer].mlp.W_out[n // 2 : n] *= 1e-8
+    return bridge
+
+
+class TestDead:
+    @pytest.mark.parametrize("score", ["centred_cosine", "dot"])
+    def test_dead_neurons_keep_no_label(self, score, tmp_path):
+        base, tuned = _pruned(), _pruned(n=20)
+        _nudge(tuned, "W_out", 0.4, layer=0)
+        found = compare(base, tuned, weights=["in", "out"], score=score, noise_seeds=2)
+        for array in (found.values, found.noise):
+            dead = np.isnan(array.sel(side="out", layer=1).values)
+            assert dead[..., :12].all()  # in the base model: no label to keep
+            assert not dead[..., 20:].any()
+            at = [PARTS.index("both"), PARTS.index("neurons")]
+            assert dead[at][..., 12:20].all()  # in the tuned one
+            assert not dead[PARTS.index("head")][..., 12:20].any()
+            assert not np.isnan(array.sel(side="in").values).any()
+        assert not np.isnan(found.floor.values).any()
+        assert (found.label_ids.sel(model="base", side="out", layer=1).values[:12] == -1).all()
+        assert (found.label_ids.sel(model="tuned", side="out", layer=1).values[:20] == -1).all()
+        assert np.isnan(found.q_value.sel(side="out", layer=1).values[:12]).all()
+        rows = found.summary(("side", "layer")).set_index(["side", "layer"])
+        assert rows["neurons"].tolist() == [D_MLP] * 4 + [D_MLP - 20, D_MLP]
+        assert rows.loc[("out", 1), "kept"] == rows.loc[("out", 1), "jaccard"] == 1
+        assert not rows.isna().any(axis=None)
+        table = found.neurons().set_index(["side", "layer", "neuron"])
+        assert table.loc[("out", 1, 0), "base"] == table.loc[("out", 1, 19), "tuned"] == ""
+        assert table.loc[("out", 1, 0), "margin_bin"] == 0
+        assert not (found.changed(500)["base"] == "").any()
+        assert found.summary(("side", "margin_bin"))["margin_bin"].min() == 1
+        again = AtlasComparison.load(found.save(tmp_path / "dead.nc"))
+        assert again.summary().equals(found.summary())
+
+    def test_dead_neurons_are_specific_to_nothing_and_do_not_lower_the_null(self):
+        alive, dead = (
+            compare(bridge, bridge, weights="out", score="dot", noise_seeds=1).q_value.sel(side="out", layer=0)
+            for bridge in (tiny_bridge("llama"), _pruned(layer=0, n=24))
+        )
+        assert np.isnan(dead.values[:24]).all()
+        assert dead.values[24:].min() > 0.2
+        assert alive.values.min() > 0.2
+
+    def test_dead_neurons_are_not_born(self):
+        first, last = _pruned(n=20), _pruned()
+        found = label_births({0: first, 10: last}, weights="out")
+        births = found.values.sel(side="out", layer=1).values
+        assert np.isnan(births[:12]).all()
+        assert (births[12:20] == 10).all()  # no label at first
+        assert (births[20:] == 0).all()
+        assert not found.has_final.sel(side="out", layer=1, step=10).values[:12].any()
+        share = found.agreement.sel(side="out", layer=1, step=0)
+        assert float(share.sel(curve="measured")) == pytest.approx(28 / 36)
+        assert float(share.sel(curve="displaced")) <= 28 / 36 + 1e-6
+        ids = _labels(last, "out", 1).numpy()
+        chance = np.mean(ids[20:, None] == ids[None, 12:]) * 28 / 36
+        assert float(share.sel(curve="shuffled")) == pytest.approx(chance, abs=1e-6)
+        assert float(found.agreement.sel(side="out", layer=1, step=10, curve="measured")) == 1
+        steps = found.by_step().set_index("step")
+        assert steps.loc[10, "neurons"] == 3 * D_MLP - 12
+        assert steps.loc[10, "born"] == steps.loc[10, "has_final"] == 1
+        assert steps.loc[0, "has_final"] == pytest.approx(1 - 8 / (3 * D_MLP - 12))
+        assert (found.label_ids.sel(side="out", layer=1).values[:12] == -1).all()
+        assert found.table().set_index(["layer", "neuron"]).loc[(1, 0), "label"] == ""
+
+    def test_dead_neurons_have_no_robustness(self):
+        found = label_robustness(_pruned(), [0.01, 2.0], weights="out", noise_seeds=1)
+        kept = found.values.sel(side="out", layer=1).values
+        assert np.isnan(kept[:, :12]).all()
+        assert not np.isnan(kept[:, 12:]).any()
+        assert np.isnan(found.values.values).sum() == 24
+        table = found.table().set_index("size")
+        assert table.loc[0.01, "kept"] > 0.9 > table.loc[2.0, "layer_high"]

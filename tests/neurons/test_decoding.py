@@ -172,7 +172,8 @@ def test_planted_neurons_are_found_and_hardly_any_others(null: Any) -> None:
         assert (np.abs(strict["value"].to_numpy()) > 0.999).all()
         assert (strict["token"] == [f"w{i}" for i in strict["id"]]).all() and (np.diff(strict["z"]) <= 0).all()
         found = len(atlas.specialised(q=0.05))
-        assert found == len(planted) or family == "gemma2"  # one false: the bound allows it one in twenty
+        allowed = 1 if family == "gemma2" else 0  # of so many finds the bound allows one in twenty to be false
+        assert len(planted) <= found <= len(planted) + allowed, family
         n_planted, n_found = n_planted + len(planted), n_found + found
     assert n_planted / n_found >= 0.95
 

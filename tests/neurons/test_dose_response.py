@@ -107,6 +107,28 @@ def test_contrasts_are_paired_by_example():
         made().contrast("uniform")
 
 
+def test_contrasts_leave_out_examples_that_one_side_does_not_have():
+    found = made()
+    rng = np.random.default_rng(0)
+    found.label_rank.values[:, :, -1] = ranks = rng.integers(0, 50, (2, 4, 12))
+    found.label_rank.values[0, 0, -1, 3] = found.label_rank.values[0, 1:3, -1, 5] = np.nan
+    found.label_rank.values[0, 1, -1, 7] = np.nan  # the other draw is left
+    table = found.contrast(quantity="label_rank")
+    own, other = ranks[:, 0].astype(float), ranks[:, 1:3].mean(1)
+    other[0, 7] = ranks[0, 2, 7]
+    kept = [np.delete(np.arange(12), [3, 5]), np.arange(12)]
+    assert list(table["n"]) == [10, 12] and list(made().contrast()["n"]) == [12, 12]
+    for neuron, rows in enumerate(kept):
+        row, difference = table.iloc[neuron], (own - other)[neuron, rows]
+        assert row["clamped"] == pytest.approx(own[neuron, rows].mean())
+        assert row["matched"] == pytest.approx(other[neuron, rows].mean())
+        interval = tuple(map(float, bootstrap_interval(difference)))
+        assert (row["difference"], row["low"], row["high"]) == pytest.approx(interval)
+        assert row["p_value"] == pytest.approx(float(paired_test(difference)))
+    nothing = made().contrast(quantity="label_rank", level=0)  # changes nothing, so there is no rank at all
+    assert list(nothing["n"]) == [0, 0] and nothing[["clamped", "matched", "difference", "p_value"]].isna().all(None)
+
+
 def test_the_figure_has_a_line_per_kind_at_the_doses_of_the_neuron():
     figure = made().plot("L0 N1")
     drawn = {trace.name: trace for trace in figure.data if trace.mode and "lines" in trace.mode and trace.showlegend}

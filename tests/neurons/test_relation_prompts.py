@@ -73,4 +73,4 @@ def test_a_tokenizer_without_the_words_is_refused(unchecked) -> None:
     with pytest.raises(ValueError, match="no capital questions for this tokenizer"):
         distinct_facts(tiny_bridge("gpt2"), ["capital"])
     with pytest.raises(ValueError, match="relations="):
-        distinct_facts(tiny_bridge("gpt2"), ["mayor"])
+        distinct_facts(tiny_bridge("gpt2"), ["mayor"])  # type: ignore[list-item]

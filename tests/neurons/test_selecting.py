@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from interp.hooks import hook_name
-from interp.neurons import Selectivity, neuron_selectivity, selectivity
+from interp.neurons import Selectivity, _ranking, neuron_selectivity, selectivity
 from interp.neurons._ranking import Ranking, chance, chance_p, grouped_p, tied_p
 from interp.prompts import Prompts
 from tests.helpers import FAMILIES, tiny_bridge, tiny_tokens
@@ -94,6 +95,41 @@ def test_grouped_null_is_that_of_every_choice_of_groups() -> None:
             by_definition(values, [int(g) in chosen for g in groups]) for chosen in itertools.combinations(range(6), 2)
         ]
         assert p[unit] == pytest.approx(np.mean([value >= observed - 1e-9 for value in every]), abs=0.03)
+
+
+class _Largest(TorchDispatchMode):
+    """Notes the elements of the largest tensor that any operation gives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return out
+
+
+def test_grouped_null_is_that_of_all_pairs_of_groups_in_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    scores, _ = draw(n=60, units=6, levels=4)
+    n_groups, draws = 30, 400
+    groups = torch.arange(60) * 7 % n_groups
+    positives = [groups < 4, groups % 3 == 0]
+    monkeypatch.setattr(_ranking, "_CELLS", 8000)
+    with _Largest() as seen:
+        found = grouped_p(Ranking.of(scores), positives, groups, draws=draws, seed=3)
+    assert seen.elements <= draws * n_groups  # the outer product of all draws would be 30 times that
+    rng = np.random.default_rng(3)
+    for label, positive in enumerate(positives):
+        own = np.isin(np.arange(n_groups), groups[positive])
+        hits = np.zeros(6)
+        for _ in range(draws):
+            permuted = torch.from_numpy(rng.permutation(own))[groups]
+            precision = Ranking.of(scores).precision(permuted) >= Ranking.of(scores).precision(positive) - 1e-9
+            hits += precision.numpy()
+        np.testing.assert_allclose(found[label], (hits + 1) / (draws + 1))
 
 
 def test_planted_detectors_are_found_on_their_side_and_noise_is_not() -> None:

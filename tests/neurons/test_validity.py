@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -82,6 +83,9 @@ def test_in_the_last_layer_the_write_side_predicts_the_effect_and_the_read_side_
     assert table.loc[("out", 0), "cosine"] < table.loc[("out", 1), "cosine"] < table.loc[("out", 2), "cosine"]
     assert (table.loc["in", "cosine"].abs() < 0.15).all() and (table["shuffled"].abs() < 0.15).all()
     assert (table["neurons"] == M).all()
+    if small:
+        usual = validate(bridge, own_labels(bridge, "out"), tiny_tokens(6, 12)).summary().set_index("layer")
+        assert 0.9 < usual.loc[2, "cosine"] < table.loc[("out", 2), "cosine"]
 
 
 @pytest.mark.parametrize("name", ["tinyworld-gpt", "tinyworld-llama"])
@@ -177,6 +181,41 @@ def test_the_shuffle_compares_with_another_neuron_of_the_layer():
         assert np.mean(shuffled) < np.mean(own) - 0.3
         # never its own: no neuron's cosine comes back
         assert np.abs(own - shuffled).max(1).min() > 1e-4
+
+
+def test_neurons_without_a_label_are_nobodys_other(monkeypatch: pytest.MonkeyPatch):
+    bridge, tokens = fresh_bridge("gpt2"), tiny_tokens(N, POS)
+    with torch.no_grad():
+        bridge.blocks[1].mlp.W_out[: M // 2] = 0.0  # writes nothing, so says nothing
+    found = validate(bridge, decode(bridge, weights=["in", "out"], null=None), tokens, dose=2.0)
+    assert list(found.values["index"].values[M : M + 3]) == [24, 25, 26] and found.values.shape[1] == 3 * M - M // 2
+    assert np.isfinite(found.shuffled.values).all() and (found.shuffled_rank.values >= 0).all()
+    labels = own_labels(bridge, "in", "out")  # a label of one side only does not count
+    labels["in"][2, 9:], labels["out"][2, :7] = -1, -1
+    two = validate(bridge, labels, tokens, [(2, 7), (2, 8)], dose=2.0)
+    crossed = validate(bridge, {"out": labels["out"][:, [*range(7), 8, 7, *range(9, M)]]}, tokens, [(2, 7)], dose=2.0)
+    other = int(labels["out"][2, 8])
+    assert int(crossed.values["label"].values[0, 0]) == other  # the shuffled rank is that of the other's label
+    np.testing.assert_array_equal(two.shuffled_rank.values[1, 0], crossed.rank.values[0, 0])
+    labels["in"][2, 8:] = -1
+    no_forward(bridge, monkeypatch)
+    with pytest.raises(ValueError, match="layer 2 has a label on every side for 1 neuron .*at least two"):
+        validate(bridge, labels, tokens, dose=2.0)
+
+
+def test_an_atlas_of_another_model_of_this_shape_is_refused(monkeypatch: pytest.MonkeyPatch):
+    bridge, other, tokens = tiny_bridge("gpt2"), tiny_bridge("gpt2", seed=1), tiny_tokens(N, POS)
+    atlas = decode(bridge, null=None)
+    statistics = neuron_statistics(bridge, tokens, quantiles=(0.999, 0.001))
+    assert validate(bridge, atlas, tokens, [(2, 0)], statistics=statistics).values.size == N
+    theirs = re.escape(other_revision := str(decode(other, null=None).provenance["revision"]))
+    assert other_revision != atlas.provenance["revision"]
+    no_forward(bridge, monkeypatch)
+    own = re.escape(str(atlas.provenance["revision"]))
+    with pytest.raises(ValueError, match=f"the atlas is of tiny-gpt2 at {own}.*this model is tiny-gpt2 at {theirs}"):
+        validate(other, atlas, tokens, [(2, 0)])
+    with pytest.raises(ValueError, match=f"statistics are of tiny-gpt2 at {own}.*this model is tiny-gpt2 at {theirs}"):
+        validate(other, own_labels(other, "out"), tokens, [(2, 0)], statistics=statistics)
 
 
 def made() -> Validity:
