@@ -96,7 +96,7 @@ def fit_standard(
             break
         every = REPAIR_EVERY_EXPLORING if exploring else REPAIR_EVERY
         if settings.repair and iteration > phase_start and (iteration - phase_start) % every == 0:
-            components, codes, swaps = repair(data, components, codes, settings.keep, limit)
+            components, codes, swaps = repair(data, components, codes, settings.keep, limit, settings.penalty)
             best.repairs += swaps
             if swaps:
                 since = 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 
 import torch
 from jaxtyping import Float
@@ -16,6 +17,7 @@ from interp.dictionaries._snmf_steps import Data, best_codes, gram, own_energy, 
 
 _SWEEPS = 3
 _SAMPLE_BATCHES, _SAMPLE_PER_COMPONENT = 2, 40
+SAMPLE_ITERATIONS, _SAMPLE_PATIENCE = 300, 20
 
 
 def fit_minibatch(
@@ -25,7 +27,7 @@ def fit_minibatch(
 
     In a pass every batch's activations are improved with the components fixed, and the inner products that the
     components depend on (component x component and component x neuron) are summed; then the components are updated.
-    That is exact block descent, so from the first pass on the loss never rises. The first pass also updates the
+    That is exact block descent, so from the first pass on loss and penalty never rise. The first pass also updates the
     components after every batch, from the sums so far.
     """
     n_tokens, d_neurons = source.shape
@@ -34,9 +36,7 @@ def fit_minibatch(
     drawn = torch.randperm(n_tokens, generator=generator)[:n_sample].sort().values
     sample = Data(source.rows(drawn))
     source.check(sample.total)
-    in_memory = Settings(
-        settings.keep, 300, min(100, settings.explore), 20, settings.tol, settings.repair, settings.penalty
-    )
+    in_memory = replace(settings, max_iter=SAMPLE_ITERATIONS, patience=_SAMPLE_PATIENCE)
     start, losses = best_of(sample, n_components, init, in_memory, official=False, seeds=seeds)
     components = start.components
     codes = torch.zeros(n_components, n_tokens, dtype=source.dtype, device=source.device)

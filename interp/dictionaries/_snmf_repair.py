@@ -2,7 +2,8 @@
 
 Alternating updates of a sparse factorisation stop in states in which two components share what one could carry, or one
 carries what belongs to two, while something else is not represented at all. No block update leaves such a state; a
-swap does, and it is kept only if the loss falls, so that repairing cannot harm.
+swap does, and it is kept only if what the fit ranks its pairs by falls (loss and penalty), so that repairing cannot
+harm. Which component is tried is decided by the squared error alone: that is a proposal.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from interp.dictionaries._snmf_steps import Data, gram, gram_loss, winner_take_all
+from interp.dictionaries._snmf_steps import Data, gram, gram_loss, own_energy, winner_take_all
 
 _POWER_ROUNDS = 10
 _LEAST_GAIN = 1e-4
-"""Share of the loss that a swap has to gain: dropping a component and finding it again gains a little, for nothing."""
+"""Share of loss and penalty that a swap has to gain: dropping a component and finding it again gains a little, for
+nothing."""
 
 
 def repair(
@@ -24,8 +26,9 @@ def repair(
     codes: Float[Tensor, "component token"],
     keep: int,
     limit: int,
+    penalty: float = 0.0,
 ) -> tuple[Float[Tensor, "component neuron"], Float[Tensor, "component token"], int]:
-    """Swap until one does not lower the loss, at most `limit` times. Returns the factors and how many were kept.
+    """Swap until one does not lower loss and penalty, at most `limit` times. Returns factors and how many were kept.
 
     A swap costs about `2 * _POWER_ROUNDS` products of the data with one vector: that of a few iterations.
     """
@@ -33,6 +36,7 @@ def repair(
         cross = data.against_components(components, keep)
         component_gram, code_gram = gram(components), gram(codes)
         loss = gram_loss(data.total, cross, codes, component_gram, code_gram)
+        loss += penalty * own_energy(component_gram, code_gram)
         trial = _free_one(components, codes, component_gram, code_gram, cross, keep)
         if trial is None:
             return components, codes, done
@@ -40,7 +44,9 @@ def repair(
         direction, strength = _from_residual(data, new_components, new_codes, keep)
         new_components[freed], new_codes[freed] = direction, strength
         new_cross = data.against_components(new_components, keep)
-        new_loss = gram_loss(data.total, new_cross, new_codes, gram(new_components), gram(new_codes))
+        component_gram, code_gram = gram(new_components), gram(new_codes)
+        new_loss = gram_loss(data.total, new_cross, new_codes, component_gram, code_gram)
+        new_loss += penalty * own_energy(component_gram, code_gram)
         if not new_loss < loss * (1.0 - _LEAST_GAIN):
             return components, codes, done
         components, codes = new_components, new_codes

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from interp.cache import ActivationStore
 from interp.dictionaries._hierarchy_tree import concept_tree, draw
-from interp.dictionaries._hierarchy_tuning import Chain, chain_losses, refit_components, tune
+from interp.dictionaries._hierarchy_tuning import Chain, chain_losses, refit_components, settle_chain, tune
 from interp.dictionaries._snmf_init import Init
 from interp.dictionaries._snmf_source import Source
 from interp.dictionaries._snmf_steps import Data, best_codes, exact_loss, gram, kept_neurons
@@ -60,6 +60,8 @@ class HierarchicalSNMF:
             of the `"chain"`, alone, as in the paper; the finer ones then serve it and explain less.
         tune_iter: Most joint iterations; 0 leaves the levels as they were fitted one by one.
         tol: Joint tuning ends when an iteration lowers the loss by less than this share.
+        penalty: As for `SNMF`: in the levels' own fits, and in tuning for the components of every level that counts.
+            Activations and weights are then fitted to the final components without it.
         init, repair, restarts, seed, max_iter, device, dtype: As for `SNMF`, for every level.
 
     Attributes:
@@ -67,7 +69,8 @@ class HierarchicalSNMF:
         level_losses_before_: Squared error of each level before tuning.
         loss_before_, loss_: Squared error of the coarsest level, at the end of the chain, before and after tuning.
         relative_loss_: `loss_` over the data's sum of squares.
-        history_: The objective before tuning and after every joint iteration; it never rises.
+        history_: The objective with its penalty, before tuning and after every joint iteration; it never rises. No
+            penalty is in any of the other losses, so that a large one may leave `loss_` above `loss_before_`.
 
     Source:
         Shafran, Geiger, Geva, arXiv 2506.10920, hierarchy experiments. The released code tunes by Adam without
@@ -92,6 +95,7 @@ class HierarchicalSNMF:
         objective: Literal["levels", "chain"] = "levels",
         tune_iter: int = 200,
         tol: float = 1e-5,
+        penalty: float | int = 0.1,
         init: Init = "kmeans",
         repair: bool = True,
         restarts: int = 1,
@@ -115,9 +119,10 @@ class HierarchicalSNMF:
         self.objective = objective
         self.tune_iter = tune_iter
         self.tol = tol
+        self.penalty = float(penalty)
         self._options: dict[str, Any] = {
-            "sparsity": sparsity, "init": init, "repair": repair, "restarts": restarts, "seed": seed,
-            "max_iter": max_iter, "device": device, "dtype": dtype,
+            "sparsity": sparsity, "penalty": penalty, "init": init, "repair": repair, "restarts": restarts,
+            "seed": seed, "max_iter": max_iter, "device": device, "dtype": dtype,
         }  # fmt: skip
         SNMF(min(sizes), **self._options)  # refuses what is wrong before any work
 
@@ -140,9 +145,11 @@ class HierarchicalSNMF:
             statistics = gram(chain.codes), data.against_codes(chain.codes).double()
             self.level_losses_before_ = chain_losses(data.total, chain, levels, *statistics)
             self.history_ = tune(
-                data, chain, keep, counted=counted, max_iter=self.tune_iter, tol=self.tol,
+                data, chain, keep, counted=counted, penalty=self.penalty, max_iter=self.tune_iter, tol=self.tol,
                 on_iteration=lambda loss: bar.update(),
             )  # fmt: skip
+            if self.tune_iter and self.penalty:
+                settle_chain(data, chain, counted)
             if self.tune_iter and self.objective == "chain":
                 statistics = gram(chain.codes), data.against_codes(chain.codes).double()
                 refit_components(chain, levels[:-1], keep, *statistics)

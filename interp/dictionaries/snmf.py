@@ -12,11 +12,11 @@ from torch import Tensor
 
 import interp
 from interp.cache import ActivationStore
-from interp.dictionaries._snmf_checks import check_settings, check_start
+from interp.dictionaries._snmf_checks import check_explore, check_settings, check_start
 from interp.dictionaries._snmf_files import read_factors, write_factors
 from interp.dictionaries._snmf_fit import Fit, Settings, best_of
 from interp.dictionaries._snmf_init import Init
-from interp.dictionaries._snmf_minibatch import fit_minibatch
+from interp.dictionaries._snmf_minibatch import SAMPLE_ITERATIONS, fit_minibatch
 from interp.dictionaries._snmf_source import Source
 from interp.dictionaries._snmf_steps import Data, best_codes, exact_loss, gram, kept_neurons
 
@@ -25,6 +25,7 @@ _DEFAULTS = {
     "official": {"max_iter": 500, "patience": 100, "repair": False},
     "minibatch": {"max_iter": 10, "patience": 3, "repair": True},
 }
+_EXPLORE, _PENALTY = 100, 0.1
 _TWINS = 0.95
 
 
@@ -50,21 +51,23 @@ class SNMF:
         init: `"kmeans"`, `"svd"` (both signs of each singular vector) or `"random"`; or activations to start from,
             [token, component].
         repair: Move the least needed component (dead, duplicate, or cheapest to drop) to the largest residual from time
-            to time, where that lowers the loss. True, except in mode `"official"`, which has none.
+            to time, where that lowers loss and penalty. True, except in mode `"official"`, which has none.
         restarts: Starts from different seeds, `seed`, `seed + 1`, ...; the one with the lowest loss is kept.
         max_iter: Most iterations of a start (300; 500 in mode `"official"`), or passes over the data where
             `batch_size` is given (10).
-        explore: Iterations of the multiplicative rule before exact block updates take over. `explore=max_iter` never
-            changes over, 0 starts with block updates.
-        penalty: What block updates add to the loss, times the energy that each component has by itself, while they run.
-            Without it they go on lowering the loss by large activations on most tokens that cancel each other, which
-            nobody can read; the multiplicative rule is too slow to get there. 0 is least squares alone. Activations are
-            least squares for the final components in any case.
+        explore: Iterations of the multiplicative rule before exact block updates take over: 100, or `max_iter` if that
+            is less. `explore=max_iter` never changes over, 0 starts with block updates. Mode `"official"` has none.
+        penalty: What block updates add to the loss, times the energy that each component has by itself, while they run
+            (0.1); iterations and swaps are ranked by the sum. Without it they go on lowering the loss by large
+            activations on most tokens that cancel each other, which nobody can read; the multiplicative rule is too
+            slow to get there. 0 is least squares alone, as mode `"official"` is. Activations are least squares for the
+            final components in any case.
         patience, tol: Stop when the loss has not fallen by this share within so many iterations. In mode `"official"`
             `tol` is absolute, as it was there.
         mode: `"official"` follows the released code: order of steps, absolute constants, all of equal magnitudes kept,
             activations of norm near one instead of components. It is for comparison; fp32 and fp64 as given.
         batch_size: Rows in memory at a time, for stores that do not fit. Activations (n_tokens x n_components) must.
+            `explore` and `repair` then act on the sample that passes start from, which is fitted for 300 iterations.
         device: Where to compute; where the data is by default.
         dtype: float32 or float64; that of the data by default, float32 for narrower types. Inner products of factors
             and all losses are fp64.
@@ -85,8 +88,11 @@ class SNMF:
     Source:
         Shafran, Geiger, Geva, arXiv 2506.10920, with the multiplicative rule of Ding, Li and Jordan (2010). We differ
         (mode `"standard"`) in everything that was absolute being relative, in the exact count of kept neurons, in
-        ending with exact block updates (which never raise the loss although components are sparse), in repair, and in
-        the norm of components.
+        ending with exact block updates (which never raise the sum of loss and penalty although components are sparse;
+        the loss by itself they may), in that penalty, in repair, and in the norm of components.
+
+    Raises:
+        ValueError: For settings that cannot be, or that the chosen way of fitting would not use.
     """
 
     components_: Float[Tensor, "component neuron"]
@@ -111,8 +117,8 @@ class SNMF:
         restarts: int = 1,
         seed: int = 0,
         max_iter: int | None = None,
-        explore: int = 100,
-        penalty: float | int = 0.1,
+        explore: int | None = None,
+        penalty: float | int | None = None,
         patience: int | None = None,
         tol: float = 1e-4,
         mode: Literal["standard", "official"] = "standard",
@@ -132,8 +138,12 @@ class SNMF:
         self.restarts = restarts
         self.seed = seed
         self.max_iter = int(defaults["max_iter"] if max_iter is None else max_iter)
-        self.explore = explore
-        self.penalty = float(penalty)
+        # What is used, so that settings and provenance say so: the released algorithm has neither.
+        official, batched = mode == "official", batch_size is not None
+        longest = SAMPLE_ITERATIONS if batched else self.max_iter
+        check_explore(explore, longest, f"{'the sample is' if batched else 'it is'} fitted for {longest} iterations")
+        self.explore = None if official else min(_EXPLORE, longest) if explore is None else explore
+        self.penalty = float((0.0 if official else _PENALTY) if penalty is None else penalty)
         self.patience = int(defaults["patience"] if patience is None else patience)
         self.tol = tol
         self.mode: Literal["standard", "official"] = mode
@@ -162,7 +172,7 @@ class SNMF:
         settings = Settings(
             keep=kept_neurons(self.sparsity, d_neurons),
             max_iter=self.max_iter,
-            explore=min(self.explore, self.max_iter),
+            explore=self.explore or 0,
             patience=self.patience,
             tol=self.tol,
             repair=self.repair,

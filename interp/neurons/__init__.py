@@ -1,4 +1,4 @@
-"""MLP neurons: what each reads and writes, what it does when it is set, what it knows. The names are loaded on first use."""
+"""MLP neurons: what each reads and writes, what it does when it is set, what it knows. Loaded on first use."""
 
 from __future__ import annotations
 
@@ -146,25 +146,23 @@ __all__: list[str] = [
 
 if TYPE_CHECKING:
     from interp.neurons._sides import side_vectors, unembedding
-    from interp.neurons.atlas import NeuronAtlas
-    from interp.neurons.decoding import decode
-    from interp.neurons.tracing import KnowledgeTrace, knowledge_trace, knowledge_transplant
-    from interp.neurons.concepts import ConceptAblation, ConceptVectors, concept_ablation, concept_vectors
-    from interp.neurons.validity import validate
-    from interp.neurons.validity_result import Validity
-    from interp.neurons.robustness import LabelRobustness, label_robustness
-    from interp.neurons.births import LabelBirths, label_births
-    from interp.neurons.comparing import AtlasComparison, compare
-    from interp.neurons.activation_statistics import NeuronStatistics, neuron_statistics
-    from interp.neurons.clamping import clamp, clamped, generate_clamped
-    from interp.neurons.dose_response import DoseResponse
-    from interp.neurons.matching import MatchedNeurons, match_neurons
-    from interp.neurons.relation_effects import Cumulativity, Versatility, cumulativity, versatility
-    from interp.neurons.relation_prompts import distinct_facts, split_entities
     from interp.neurons.ablation import AblationMatrix, ablation_matrix
-    from interp.neurons.selecting import Selectivity, neuron_selectivity, selectivity
-    from interp.neurons.signatures import IOSignature, IO_CLASSES, io_signature
+    from interp.neurons.activation_statistics import NeuronStatistics, neuron_statistics
+    from interp.neurons.atlas import NeuronAtlas
+    from interp.neurons.births import LabelBirths, label_births
+    from interp.neurons.clamping import clamp, clamped, generate_clamped
+    from interp.neurons.comparing import AtlasComparison, compare
+    from interp.neurons.concepts import ConceptAblation, ConceptVectors, concept_ablation, concept_vectors
+    from interp.neurons.confidence import LastLayer, last_layer_suppression
+    from interp.neurons.context_facets import Facets, facets
+    from interp.neurons.contexts import TopContexts, contexts_of, top_contexts
+    from interp.neurons.decoding import decode
+    from interp.neurons.dose_response import DoseResponse
+    from interp.neurons.firing_rates import Firing, firing
     from interp.neurons.hubs import Hubness, hubness
+    from interp.neurons.intercept_swap import InterceptSwap, swap_intercepts
+    from interp.neurons.matching import MatchedNeurons, match_neurons
+    from interp.neurons.mlp_decomposition import MLPDecomposition, decompose_mlp
     from interp.neurons.nulls import (
         PeakStatistics,
         covariance_null,
@@ -173,13 +171,15 @@ if TYPE_CHECKING:
         peak_statistics,
         rotation_null,
     )
-    from interp.neurons.firing_rates import Firing, firing
-    from interp.neurons.mlp_decomposition import MLPDecomposition, decompose_mlp
+    from interp.neurons.relation_effects import Cumulativity, Versatility, cumulativity, versatility
+    from interp.neurons.relation_prompts import distinct_facts, split_entities
+    from interp.neurons.robustness import LabelRobustness, label_robustness
+    from interp.neurons.selecting import Selectivity, neuron_selectivity, selectivity
+    from interp.neurons.signatures import IO_CLASSES, IOSignature, io_signature
     from interp.neurons.sparsity import PPLSparsity, Sparsity, cett, ppl_sparsity
-    from interp.neurons.confidence import LastLayer, last_layer_suppression
-    from interp.neurons.context_facets import Facets, facets
-    from interp.neurons.intercept_swap import InterceptSwap, swap_intercepts
-    from interp.neurons.contexts import TopContexts, contexts_of, top_contexts
+    from interp.neurons.tracing import KnowledgeTrace, knowledge_trace, knowledge_transplant
+    from interp.neurons.validity import validate
+    from interp.neurons.validity_result import Validity
 
 
 def __getattr__(name: str) -> Any:

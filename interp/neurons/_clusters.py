@@ -106,11 +106,13 @@ def _cloud(points: np.ndarray, null: Null, rng: np.random.Generator) -> np.ndarr
     if null == "gaussian":
         # random mixtures of the centred rows have exactly their covariance, in the space that they span
         return mix @ centred + mean
-    # Rows at length 1, so that outliers do not decide the covariance; then a length per draw, as in a t distribution.
-    # A draw keeps its own length as a factor: without it a Gaussian along one axis would be two groups, one at each
-    # end, and no two groups could stand out from that.
-    lengths = rng.permutation(np.linalg.norm(centred, axis=1, keepdims=True))
-    return lengths * (mix @ _unit(centred)) + mean
+    # As in a t distribution, a draw is a Gaussian vector times a factor of its own: the distance from the mean of a
+    # row of the data. (Setting the distance itself would turn a Gaussian along one axis into two groups, one at each
+    # end.) The covariance is that of rows shrunk to the root of their length: full rows would let outliers decide it,
+    # rows of length 1 make an elongated cloud too round.
+    lengths = np.linalg.norm(centred, axis=1, keepdims=True)
+    shrunk = centred / np.sqrt(lengths.clip(1e-30))
+    return mix @ shrunk * rng.permutation(lengths) / np.sqrt(lengths.mean().clip(1e-30)) + mean
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:

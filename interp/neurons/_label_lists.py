@@ -8,13 +8,14 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.models import geometry
+from interp.neurons._readout import _SHORT
 from interp.neurons._sides import Side, check_sides
 from interp.neurons._tiling import extremes, plan, scan
-from interp.neurons.nulls import peak_statistics, rotation_null
+from interp.neurons.nulls import MIN_NULL_PEAKS, peak_statistics, rotation_null
 from interp.stats import adjust_p_values
 
 Score = Literal["centred_cosine", "cosine", "dot"]
@@ -44,11 +45,21 @@ def scored(vectors: Float[Tensor, "neuron d_model"], score: Score) -> Float[Tens
 def label_lists(
     vectors: Float[Tensor, "neuron d_model"], head: Float[Tensor, "d_model d_vocab"], k: int, score: Score, budget: int
 ) -> tuple[Float[Tensor, "neuron k"], Int[Tensor, "neuron k"]]:
-    """Scores and ids of the `k` best tokens of each vector, best first, equal ones by id; `head` is `prepared`."""
+    """Scores and ids of the `k` best tokens of each vector, best first, equal ones by id; `head` is `prepared`.
+
+    NaN and -1 for vectors that are `too_short`: all tokens tie there, and the first of them would be kept for ever.
+    """
     rows = scored(vectors, score).to(head)
     tiling = plan(head.shape[0], len(rows), head.shape[1], k, budget=budget, device=head.device)
     top = scan(rows, lambda start, stop: head[:, start:stop], head.shape[1], k, tiling=tiling).top
-    return top.values.cpu(), top.columns.cpu()
+    dead = too_short(vectors)[:, None].cpu()
+    return top.values.cpu().masked_fill(dead, torch.nan), top.columns.cpu().masked_fill(dead, -1)
+
+
+def too_short(vectors: Float[Tensor, "neuron d_model"]) -> Bool[Tensor, " neuron"]:
+    """Which vectors have no direction, so no label: the rule of `decode`."""
+    norms = vectors.double().norm(dim=1)
+    return norms <= _SHORT * norms.max()
 
 
 def null_tops(
@@ -59,12 +70,14 @@ def null_tops(
     draws: int,
     budget: int,
 ) -> Float[Tensor, " draw_neuron"]:
-    """Best score of each vector after a random rotation of all, for several rotations one after the other."""
-    found = []
+    """Best score of each vector after a random rotation of all, for several rotations one after the other; NaN for
+    those that are `too_short`."""
+    found, dead = [], too_short(vectors).cpu()
     for draw in range(draws):
         rows = scored(rotation_null(vectors, seed + draw), score).to(head)
         tiling = plan(head.shape[0], len(rows), head.shape[1], 1, budget=budget, device=head.device)
-        found.append(extremes(rows, lambda start, stop: head[:, start:stop], head.shape[1], tiling=tiling)[0].cpu())
+        best = extremes(rows, lambda start, stop: head[:, start:stop], head.shape[1], tiling=tiling)[0].cpu()
+        found.append(best.masked_fill(dead, torch.nan))
     return torch.cat(found)
 
 
@@ -74,16 +87,25 @@ def null_draws(n_layers: int, d_mlp: int, score: Score) -> int:
 
 
 def specificity(tops: Float[Tensor, "layer neuron"], null: Float[Tensor, "layer draw"], score: Score) -> np.ndarray:
-    """q values (Benjamini-Hochberg over all neurons of the side) of the best scores against rotated ones."""
-    if score == "dot":  # grows with the norm, so every layer is compared with itself
-        p = peak_statistics(tops, null).p
-    else:  # each rotated vector is a uniform direction, whatever the layer
-        p = peak_statistics(tops.flatten(), null.flatten()).p.reshape(tops.shape)
+    """q values (Benjamini-Hochberg over all neurons of the side) of the best scores against rotated ones; NaN where
+    there is no score, and in a layer with too few null scores."""
+    every = list(range(len(tops)))
+    # a product grows with the norm, so every layer is compared with itself; else each rotated vector is a uniform
+    # direction, whatever the layer
+    groups = [[layer] for layer in every] if score == "dot" else [every]
+    p = np.full(tops.shape, np.nan)
+    for group in groups:
+        alive, against = ~tops[group].isnan(), null[group][~null[group].isnan()]
+        if bool(alive.any()) and len(against) >= MIN_NULL_PEAKS:
+            found = np.full(alive.shape, np.nan)
+            found[alive.numpy()] = peak_statistics(tops[group][alive], against).p
+            p[group] = found
     return adjust_p_values(p, method="bh")
 
 
 def agreement(a: Int[Tensor, "neuron k"], b: Int[Tensor, "neuron k"]) -> Float[Tensor, "3 neuron"]:
-    """Same first token (0 or 1), Jaccard index of the sets, and rank-biased overlap of the lists.
+    """Same first token (0 or 1), Jaccard index of the sets, and rank-biased overlap of the lists. NaN where either list
+    is of a neuron without a label (-1).
 
     Source:
         Webber et al. 2010 (doi:10.1145/1852102.1852106), equation 32: rank-biased overlap extrapolated from the first
@@ -97,7 +119,9 @@ def agreement(a: Int[Tensor, "neuron k"], b: Int[Tensor, "neuron k"]) -> Float[T
     weights = PERSISTENCE**ranks
     shared = hits[:, -1]
     rbo = shared / k * weights[-1] + (1 - PERSISTENCE) / PERSISTENCE * (hits / ranks * weights).sum(1)
-    return torch.stack([(a[:, 0] == b[:, 0]).double(), shared / (2 * k - shared), rbo]).float()
+    missing = (a[:, 0] < 0) | (b[:, 0] < 0)
+    alike = torch.stack([(a[:, 0] == b[:, 0]).double(), shared / (2 * k - shared), rbo]).float()
+    return alike.masked_fill(missing, torch.nan)
 
 
 def displaced(
@@ -158,6 +182,11 @@ def sides_of(bridge: Any, weights: Side | Sequence[Side] | None) -> list[Side]:
         raise ValueError(f"weights are {sides}; name each side once, or None for all that the model has")
     check_sides(bridge, sides)
     return sides
+
+
+def label_texts(ids: np.ndarray, tokens: Sequence[str]) -> list[Any]:
+    """Strings of labels (ids where there are no strings); empty for neurons without a label."""
+    return [tokens[token] if token >= 0 else "" for token in ids] if tokens else list(ids)
 
 
 def token_strings(bridge: Any) -> list[str]:

@@ -74,8 +74,8 @@ def labelled_neurons(chosen: list[Neuron], labels: dict[Side, Labels]) -> dict[i
     for layer, some in found.items():
         if len(some) < 2:
             raise ValueError(
-                f"layer {layer} has a label on every side for {len(some)} neuron only, and each is compared with another "
-                "one of its layer; expected at least two: decode more of the layer, judge fewer sides, or leave it out"
+                f"layer {layer} has a label on every side for {len(some)} neuron only, and each is compared with "
+                "another one of its layer; expected at least two: give more labels, judge fewer sides, or leave it out"
             )
     return found
 

@@ -17,6 +17,7 @@ from interp.neurons._label_lists import (
     check_options,
     displaced,
     label_lists,
+    label_texts,
     null_draws,
     null_tops,
     prepared,
@@ -39,7 +40,8 @@ class LabelBirths(Result):
     """The training step at which every neuron's label is born.
 
     `values` (side, layer, neuron): the first checkpoint from which on the top token is the final one at every
-    checkpoint; the last checkpoint for neurons that got it only then.
+    checkpoint; the last checkpoint for neurons that got it only then. NaN, and not counted in any share, for neurons
+    that end (almost) zero and so have no label; one that is zero at a checkpoint does not have its label there.
 
     Attributes:
         agreement: (curve, side, step, layer) share of neurons that have their final label at a checkpoint: "measured";
@@ -47,7 +49,7 @@ class LabelBirths(Result):
             away but in random directions; "shuffled", what labels dealt out anew within the layer would give.
         has_final: (side, step, layer, neuron) whether the label is the final one.
         q_values: (side, step, layer, neuron) of the best score against rotated vectors, corrected over the side.
-        label_ids: (side, layer, neuron) the final labels.
+        label_ids: (side, layer, neuron) the final labels, -1 for none.
         tokens: Strings of the tokens, empty without a tokenizer.
     """
 
@@ -61,8 +63,7 @@ class LabelBirths(Result):
         """One row per side and neuron: `birth`, `label`, `q_value` at the end, `first_specific` (first checkpoint with
         q below 0.05, NaN if none)."""
         frame = self.to_dataframe().rename(columns={"value": "birth"})
-        ids = self.label_ids.values.reshape(-1)
-        frame["label"] = [self.tokens[token] for token in ids] if self.tokens else ids
+        frame["label"] = label_texts(self.label_ids.values.reshape(-1), self.tokens)
         frame["q_value"] = self.q_values.isel(step=-1).values.reshape(-1)
         specific = (self.q_values < 0.05).values
         first = self.q_values["step"].values[specific.argmax(1)]
@@ -83,10 +84,12 @@ class LabelBirths(Result):
             births = self.values.sel(side=side).values
             q = self.q_values.sel(side=side)
             final = q.isel(step=-1).values < 0.05
-            chosen = np.ones_like(final) if specific is None else final == specific
+            chosen = ~np.isnan(births) & (np.ones_like(final) if specific is None else final == specific)
             for step in q["step"].values:
                 has = self.has_final.sel(side=side, step=step).values
                 rest = self.agreement.sel(side=side, step=step).mean("layer")
+                now = q.sel(step=step).values
+                now = now[~np.isnan(now)]
                 rows.append(
                     {
                         "side": str(side),
@@ -96,7 +99,7 @@ class LabelBirths(Result):
                         "has_final": float(has[chosen].mean()) if chosen.any() else np.nan,
                         "displaced": float(rest.sel(curve="displaced")),
                         "shuffled": float(rest.sel(curve="shuffled")),
-                        "specific": float((q.sel(step=step).values < 0.05).mean()),
+                        "specific": float((now < 0.05).mean()) if len(now) else np.nan,
                     }
                 )
         return pd.DataFrame(rows)
@@ -191,14 +194,17 @@ def label_births(
                 moved = displaced(end, rows, draw)
                 _, left = label_lists(moved, noisy, 1, score, memory_budget)
                 stays[i, n, layer] = left[:, 0] == ids[i, -1, layer]
-    has_final = ids == ids[:, -1:]
+    alive = ids[:, -1:] >= 0
+    has_final = (ids == ids[:, -1:]) & alive
     stable = has_final.flip(1).long().cumprod(1).sum(1)  # checkpoints at the end that all have the final label
-    births = torch.tensor(steps, dtype=torch.float32)[len(steps) - stable]
+    first = (len(steps) - stable).clamp_max(len(steps) - 1)
+    births = torch.tensor(steps, dtype=torch.float32)[first].masked_fill(~alive[:, 0], torch.nan)
     shuffled = torch.tensor(
         [[[_chance(ids[i, n, layer], ids[i, -1, layer]) for layer in range(grid[2])] for n in range(grid[1])]
          for i in range(grid[0])]
     )  # fmt: skip
-    curves = torch.stack([has_final.float().mean(-1), stays.float().mean(-1), shuffled])
+    shares = [same.float().masked_fill(~alive, torch.nan).nanmean(-1) for same in (has_final, stays)]
+    curves = torch.stack([*shares, shuffled])
     q_values = np.stack(
         [[specificity(tops[i, n], null[i, n], score) for n in range(len(steps))] for i in range(len(sides))]
     )
@@ -228,7 +234,10 @@ def _load(model: Any | Callable[[], Any]) -> Any:
 
 
 def _chance(labels: Tensor, final: Tensor) -> float:
-    """Expected agreement when the labels of a layer are dealt out anew among its neurons."""
+    """Expected agreement when the labels of a layer are dealt out anew among its neurons that end with one."""
+    labels, final = labels[final >= 0], final[final >= 0]
+    if len(final) == 0:
+        return float("nan")
     size = int(torch.maximum(labels.max(), final.max())) + 1
-    counts = [torch.bincount(ids, minlength=size).double() / len(ids) for ids in (labels, final)]
+    counts = [torch.bincount(ids[ids >= 0], minlength=size).double() / len(ids) for ids in (labels, final)]
     return float((counts[0] * counts[1]).sum())

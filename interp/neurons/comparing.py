@@ -22,6 +22,7 @@ from interp.neurons._label_lists import (
     check_options,
     displaced,
     label_lists,
+    label_texts,
     null_draws,
     null_tops,
     prepared,
@@ -29,6 +30,7 @@ from interp.neurons._label_lists import (
     sides_of,
     specificity,
     token_strings,
+    too_short,
 )
 from interp.neurons._sides import Side, side_vectors, unembedding
 from interp.results import Result, labelled
@@ -50,7 +52,8 @@ class AtlasComparison(Result):
 
     `values` (side, part, statistic, layer, neuron): statistic "top" is 1 where the first token is the same, "jaccard"
     and "rbo" (rank-biased overlap, persistence 0.9) compare the `k` best. Part "both" decodes each model with its own
-    unembedding, "neurons" both with the base model's, "head" the base model's neurons with both unembeddings.
+    unembedding, "neurons" both with the base model's, "head" the base model's neurons with both unembeddings. NaN, and
+    not counted, where either of the two vectors is (almost) zero: such a neuron has no label that it could keep.
 
     Attributes:
         noise: The same for the base model with random changes in place of the real one (in the neurons, the
@@ -61,7 +64,7 @@ class AtlasComparison(Result):
             side: small for neurons that are about a token more than a random direction is.
         moved: (side, layer, neuron) norm of the change over that of the base vector.
         turned: (side, layer, neuron) cosine of the base and the tuned vector.
-        label_ids: (model, side, layer, neuron) the first token, each with its own unembedding.
+        label_ids: (model, side, layer, neuron) the first token, each with its own unembedding; -1 for none.
         tokens: Strings of the tokens, empty without a tokenizer.
     """
 
@@ -76,8 +79,8 @@ class AtlasComparison(Result):
 
     def neurons(self, part: Part = "both", *, n_bins: int = 4) -> pd.DataFrame:
         """One row per side and neuron: `top`, `jaccard`, `rbo`, each also as `..._noise`; `margin`, `margin_bin` (1 to
-        `n_bins`, bins of equal size within a side), `q_value`, `specific` (q below 0.05), `moved`, `turned`, and the
-        labels `base` and `tuned` (strings, or ids without a tokenizer)."""
+        `n_bins`, bins of equal size within a side; 0 for no label), `q_value`, `specific` (q below 0.05), `moved`,
+        `turned`, and the labels `base` and `tuned` (strings, or ids without a tokenizer)."""
         import pandas as pd
 
         self._check_part(part)
@@ -88,20 +91,20 @@ class AtlasComparison(Result):
         table |= {name: getattr(self, name) for name in ("margin", "q_value", "moved", "turned")}
         frame = xr.Dataset(table).to_dataframe().reset_index()
         rank = frame.groupby("side", sort=False)["margin"].rank(method="first")
-        size = frame.groupby("side", sort=False)["margin"].transform("size")
-        frame["margin_bin"] = np.ceil(rank / size * n_bins).astype(int)
+        size = frame.groupby("side", sort=False)["margin"].transform("count")
+        frame["margin_bin"] = np.ceil(rank / size * n_bins).fillna(0).astype(int)
         frame["specific"] = frame["q_value"] < 0.05
         for place, model in enumerate(("base", "tuned")):
-            ids = self.label_ids.values[place].reshape(-1)
-            frame[model] = [self.tokens[token] for token in ids] if self.tokens else ids
+            frame[model] = label_texts(self.label_ids.values[place].reshape(-1), self.tokens)
         return pd.DataFrame(frame)
 
     def summary(self, by: str | Sequence[str] = "side", *, part: Part = "both", n_bins: int = 4) -> pd.DataFrame:
         """Agreement of groups of neurons.
 
-        Columns: the groups; `neurons`; `kept`, the share that keeps the top token, with the Wilson 95 % interval `low`
-        to `high`; `noise`, that share under random changes; `excess`, kept less noise, with a 95 % interval over
-        neurons `excess_low` to `excess_high`; means of `jaccard`, `jaccard_noise`, `rbo`, `rbo_noise`, `moved`.
+        Columns: the groups; `neurons`, those with labels; `kept`, the share that keeps the top token, with the Wilson
+        95 % interval `low` to `high`; `noise`, that share under random changes; `excess`, kept less noise, with a 95 %
+        interval over neurons `excess_low` to `excess_high`; means of `jaccard`, `jaccard_noise`, `rbo`, `rbo_noise`,
+        `moved`.
         Intervals treat neurons as independent, so they are lower bounds on the uncertainty.
 
         Args:
@@ -115,7 +118,7 @@ class AtlasComparison(Result):
             raise ValueError(f"by is {by}; expected some of {', '.join(map(repr, allowed))}")
         rows = []
         frame: Any = self.neurons(part, n_bins=n_bins)  # pandas' types know too little of groups
-        for key, group in frame.groupby(by, sort=False):
+        for key, group in frame[frame["top"].notna()].groupby(by, sort=False):
             n, kept = len(group), int(group["top"].sum())
             share = proportion_interval(kept, n)
             excess = (group["top"] - group["top_noise"]).to_numpy()
@@ -245,8 +248,10 @@ def compare(
         tops[i, layer] = values[:, 0]
         margin[i, layer] = values[:, 0] - values[:, min(1, wanted - 1)]
         null[i, layer] = null_tops(a, own[0], score, seed + draws * layer, draws, memory_budget)
-        moved[i, layer] = ((b - a).norm(dim=1) / a.norm(dim=1)).cpu()
-        turned[i, layer] = torch.nn.functional.cosine_similarity(a, b, dim=1).cpu()
+        dead = [too_short(rows).cpu() for rows in (a, b)]
+        moved[i, layer] = ((b - a).norm(dim=1) / a.norm(dim=1)).cpu().masked_fill(dead[0], torch.nan)
+        cosine = torch.nn.functional.cosine_similarity(a, b, dim=1).cpu()
+        turned[i, layer] = cosine.masked_fill(dead[0] | dead[1], torch.nan)
         after = {"both": lists(b, own[1])[1], "neurons": lists(b, own[0])[1], "head": lists(a, own[1])[1]}
         labels[:, i, layer] = torch.stack([ids[:, 0], after["both"][:, 0]]).numpy()
         for j, part in enumerate(PARTS):
@@ -259,8 +264,9 @@ def compare(
             after = {"both": (b, noisy), "neurons": (b, own[0]), "head": (a, noisy)}
             for j, part in enumerate(PARTS):
                 found = agreement(before[i, layer][:, :k], lists(*after[part])[1][:, :k])
+                found = found.masked_fill(measured[i, j, :, layer].isnan(), torch.nan)  # of the same neurons
                 random[i, j, :, layer] += found / noise_seeds
-                floor[i, j, :, layer, draw] = found.mean(1)
+                floor[i, j, :, layer, draw] = found.nanmean(1)
     q_value = np.stack([specificity(tops[i], null[i], score) for i in range(len(sides))])
     own_coords = {"side": sides, "layer": np.arange(shape.n_layers), "neuron": np.arange(shape.d_mlp)}
     coords = {**own_coords, "part": list(PARTS), "statistic": list(STATISTICS)}

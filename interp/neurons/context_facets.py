@@ -68,12 +68,12 @@ class Facets(Result):
         """
         frame = self.silhouettes.to_dataset("quantity").to_dataframe()
         rows = []
-        for name, facets, p, score, z in (
+        for name, count, p, score, z in (
             ("contexts", self.n_facets, self.p_value, "observed", "z"),
             ("random", self.control_facets, self.control_p_value, "control", "control_z"),
         ):
             k = int(frame[z].fillna(-np.inf).idxmax())
-            rows.append({"positions": name, "n_facets": facets, "p_value": p, "k": k,
+            rows.append({"positions": name, "n_facets": count, "p_value": p, "k": k,
                          "silhouette": float(frame.loc[k, score]), "z": float(frame.loc[k, z])})  # fmt: skip
         return pd.DataFrame(rows)
 
@@ -161,8 +161,9 @@ def facets(
     otherwise there is one facet.
 
     Facets describe the stream at the contexts. They belong to the neuron only as far as random positions of the layer
-    lack them: in ordinary text most sets of positions divide, by their tokens. As many random distinct contexts of
-    the same text (the neuron's may be among them) go through the same test: read `.control` first. Costs two forwards,
+    lack them, and most text divides, by its tokens: in `tinyworld-llama` 28 of 32 neurons have more than one facet
+    (n=60, max_k=4), and so have 32 of 32 sets of random positions. As many random distinct contexts of the
+    same text (the neuron's may be among them) go through the same test: read `.control` first. Costs two forwards,
     less the layers above the neuron's; the second reads up to 2 n rows.
 
     Args:
@@ -172,12 +173,13 @@ def facets(
         site: Where the vectors come from, in the neuron's layer: by default `resid_mid`, which the MLP reads, or
             `resid_pre` in parallel blocks.
         null: Data of one group. `"gaussian"`: a Gaussian cloud of the same mean and covariance, in the plane that
-            touches the sphere at the mean direction, wrapped round the sphere. It calls most heavy-tailed clouds
-            several facets. `"elliptical"`: so, with covariance from the directions of the deviations, and a length per
-            draw from the data. FALSE_RATES
-            `"shuffled"`: each coordinate permuted on its own, then length 1; this also destroys correlations between
-            coordinates, and so finds facets in any elongated cloud. A single skewed or curved cloud can be divided
-            under each of them.
+            touches the sphere at the mean direction, wrapped round the sphere. A heavy tail alone differs from it.
+            `"elliptical"`: the same with the tail of the data: every draw is scaled by how far a vector of the data is
+            from the mean, and far vectors weigh less in the covariance. `"shuffled"`: each coordinate permuted on its
+            own, then length 1; this also destroys correlations between coordinates, and so finds facets in any
+            elongated cloud. One cloud, 60 vectors, t with 4 degrees of freedom, in 8, 32 and 128 dimensions, was
+            divided in 55, 98 and 100 % of 40 runs under `"gaussian"` and in 0, 0 and 8 % under `"elliptical"`
+            (Gaussian clouds: at most 2 %). A skewed or curved cloud can be divided under each of them.
         n_null: Draws; the smallest p-value is 1 / (n_null + 1).
         alpha: Largest p-value at which more than one facet is reported.
         seed: Of the null and of the random positions.
@@ -188,8 +190,7 @@ def facets(
 
     Source:
         Multifaceted feature visualisation (Nguyen, Yosinski & Clune 2016, arXiv:1602.03616) carried over to text;
-        silhouette: Rousseeuw 1987. The test against one cloud is ours (its covariance: Visuri, Koivunen & Oja
-        2000, spatial signs).
+        silhouette: Rousseeuw 1987. The test against one cloud is ours.
     """
     parallel = geometry(bridge).parallel
     where: Site = site or ("resid_pre" if parallel else "resid_mid")

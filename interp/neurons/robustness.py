@@ -23,7 +23,8 @@ Moved = Literal["both", "neurons", "head"]
 @dataclass(frozen=True, eq=False, repr=False)
 class LabelRobustness(Result):
     """`values` (side, size, layer, neuron): share of random displacements of that size under which the neuron keeps its
-    top token. Size is the norm of the displacement over that of the row."""
+    top token. Size is the norm of the displacement over that of the row. NaN, and left out of means, for neurons that
+    are (almost) zero and so have no token to keep."""
 
     def table(self) -> pd.DataFrame:
         """One row per side and size: `kept`, mean over neurons, and `layer_low`, `layer_high`, the layers' extremes."""
@@ -124,6 +125,8 @@ def label_robustness(
                     rows = displaced(rows, (1 + size) * rows, first + 1 + place)
                 same = label_lists(rows, noisy, 1, score, memory_budget)[1] == before[i, layer]
                 kept[i, n, layer] += same[:, 0].float() / noise_seeds
+    for (i, layer), ids in before.items():
+        kept[i, :, layer, ids[:, 0] < 0] = torch.nan
     coords = {"side": sides, "size": sizes, "layer": np.arange(shape.n_layers), "neuron": np.arange(shape.d_mlp)}
     record = provenance(
         bridge, method="label_robustness", move=move, score=score, fold=fold, noise_seeds=noise_seeds, seed=seed

@@ -45,6 +45,10 @@ def test_tuning_never_raises_the_loss_and_reports_what_it_returns(fitted: Hierar
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(fitted.history_))
     assert fitted.history_[-1] < 0.999 * fitted.history_[0]
     assert fitted.loss_ <= fitted.loss_before_
+    assert fitted.penalty == 0.1  # counted in the history and in no loss
+    assert fitted.history_[0] > sum(
+        fitted.level_losses_before_ if fitted.objective == "levels" else [fitted.loss_before_]
+    )
     top = fitted.levels_[-1]
     error = float((data - top.activations @ top.components).double().square().sum())
     assert fitted.loss_ == pytest.approx(error, rel=1e-4)
@@ -72,7 +76,20 @@ def test_the_finer_levels_are_as_good_as_the_objective_asks(data: Tensor) -> Non
     assert losses["levels"] < 1.2 * flat < losses["chain"]
 
 
-def test_losses_of_a_chain_are_squared_errors() -> None:
+def test_the_penalty_keeps_components_of_tuned_levels_from_cancelling(data: Tensor) -> None:
+    energies, losses = [], []
+    for penalty in (0, 0.1):
+        options: dict[str, Any] = {"sparsity": 0.3, "penalty": penalty, "tune_iter": 40, "max_iter": 60}
+        levels = HierarchicalSNMF([20, 10], **options).fit(data).levels_
+        energies.append([float(level.activations.square().sum() / data.square().sum()) for level in levels])
+        losses.append([level.relative_loss for level in levels])
+    for level in range(2):
+        assert energies[0][level] > 1.3 * energies[1][level]
+        assert losses[0][level] < losses[1][level]
+
+
+@pytest.mark.parametrize("penalty", [0.0, 0.3])
+def test_losses_of_a_chain_are_squared_errors(penalty: float) -> None:
     rng = torch.Generator().manual_seed(0)
     rows = torch.randn(20, 7, generator=rng, dtype=torch.float64)
     sizes = [5, 3, 2]
@@ -82,12 +99,16 @@ def test_losses_of_a_chain_are_squared_errors() -> None:
         [torch.randn(size, 7, generator=rng, dtype=torch.float64) for size in sizes],
     )
     data = Data(rows)
-    found = tuning.chain_losses(data.total, chain, range(3), gram(chain.codes), data.against_codes(chain.codes))
+    statistics = gram(chain.codes), data.against_codes(chain.codes)
+    found = tuning.chain_losses(data.total, chain, range(3), *statistics, penalty)
     codes = chain.codes.T
     for level in range(3):
         codes = codes @ chain.weights[level - 1] if level else codes
-        assert found[level] == pytest.approx(float((rows - codes @ chain.components[level]).square().sum()))
-    losses = tuning.tune(data, chain, 7, counted=[0, 2], max_iter=30, tol=0.0)
+        components = chain.components[level]
+        energy = float((codes.square().sum(0) * components.square().sum(1)).sum())
+        error = float((rows - codes @ components).square().sum())
+        assert found[level] == pytest.approx(error + penalty * energy)
+    losses = tuning.tune(data, chain, 7, counted=[0, 2], max_iter=30, tol=0.0, penalty=penalty)
     assert all(after <= before * (1 + 1e-12) for before, after in pairwise(losses)) and losses[-1] < 0.7 * losses[0]
     assert all(bool((weight >= 0).all()) for weight in chain.weights)
 
@@ -169,6 +190,8 @@ def test_what_cannot_be_is_refused(fitted: HierarchicalSNMF, data: Tensor) -> No
         HierarchicalSNMF([5])
     with pytest.raises(ValueError, match="in \\(0, 1\\]; got 2"):
         HierarchicalSNMF([5, 2], sparsity=2)
+    with pytest.raises(ValueError, match="penalty must be at least 0 and finite, got -1"):
+        HierarchicalSNMF([5, 2], penalty=-1)
     with pytest.raises(ValueError, match="tune_iter must be at least 0"):
         HierarchicalSNMF([5, 2], tune_iter=-1)
     with pytest.raises(ValueError, match="root 3 is not one of the 3"):

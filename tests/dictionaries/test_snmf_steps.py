@@ -144,6 +144,35 @@ def test_repair_frees_a_duplicate_and_finds_what_was_missing() -> None:
     assert squared_error(data.rows, found, found_codes) < 1e-20 * data.total
 
 
+@pytest.mark.parametrize("penalty", [0.0, 0.1, 0.5])
+def test_repair_keeps_a_swap_only_if_loss_and_penalty_fall(penalty: float) -> None:
+    kept = []
+    for seed in range(8):
+        rows, components, codes = problem(seed=seed, k=6)
+        data, components = steps.Data(rows), steps.winner_take_all(components, 3)
+        for _ in range(4):
+            components = steps.sweep_components(components, steps.gram(codes), codes @ rows, 3, penalty)
+            codes = steps.sweep_codes(codes, steps.gram(components), components @ rows.T, penalty)
+        found, found_codes, swaps = repairing.repair(data, components, codes, 3, 6, penalty)
+        after, before = (
+            squared_error(rows, z, y) + penalty * float((z.square().sum(1) * y.square().sum(1)).sum())
+            for z, y in ((found, found_codes), (components, codes))
+        )
+        assert after < before if swaps else torch.equal(found, components)
+        kept.append(swaps)
+    assert sum(kept) > 0
+
+
+def test_a_swap_that_lowers_the_loss_alone_is_refused() -> None:
+    # One atom is held, the other is left to a dead component: loss 10, and 90 or 100 of energy.
+    rows = torch.zeros(20, 4, dtype=torch.float64)
+    rows[:10, 0], rows[10:, 1] = 1.0, 3.0
+    components = torch.tensor([[0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]], dtype=torch.float64)
+    codes = torch.stack([rows[:, 1], torch.zeros(20, dtype=torch.float64)])
+    for penalty, swaps in ((0.0, 1), (0.5, 1), (1.5, 0)):  # 55 to 50 at 0.5, 145 to 150 at 1.5
+        assert repairing.repair(steps.Data(rows), components, codes, 1, 1, penalty)[2] == swaps
+
+
 def test_repair_leaves_a_good_factorisation_alone() -> None:
     rng = torch.Generator().manual_seed(6)
     atoms, codes = torch.eye(3, 12, dtype=torch.float64), torch.rand(3, 50, generator=rng, dtype=torch.float64)

@@ -139,7 +139,8 @@ def test_means_that_were_not_measured_are_refused_before_any_forward(monkeypatch
     assert zero.values.sel(task="first").notnull().all()
     no_forward(bridge, monkeypatch)
     rankings = {"first": [(1, 4), (1, 5)], "second": [(1, 7), (0, 2)]}
-    for controls in ((), ("uniform",), ("matched",)):
+    kinds: Any = ((), ("uniform",), ("matched",))
+    for controls in kinds:
         with pytest.raises(ValueError, match=r"set 'first' .*\(0, 3\).*layers \[1\]"):
             ablation_matrix(bridge, SETS, TASKS, controls=controls, statistics=some)
         with pytest.raises(ValueError, match=r"set 'second' .*\(0, 2\).*layers \[1\]"):
