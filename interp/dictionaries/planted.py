@@ -43,7 +43,9 @@ class PlantedSource:
         if len(densities) not in (1, self.n_features) or not all(0 < p <= 1 for p in densities):
             raise ValueError(f"density must be one chance in (0, 1], or one for each of {self.n_features} features")
         if not 0 < self.amplitudes[0] <= self.amplitudes[1] or self.noise < 0:
-            raise ValueError(f"amplitudes={self.amplitudes} must rise from above 0, and noise={self.noise} be 0 or more")
+            raise ValueError(
+                f"amplitudes={self.amplitudes} must rise from above 0, and noise={self.noise} be at least 0"
+            )
 
     @property
     def hooks(self) -> list[str]:
