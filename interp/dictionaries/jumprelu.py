@@ -32,7 +32,7 @@ class JumpReLUSAE(Dictionary):
         tanh_scale: Of the tanh penalty.
         gradient_to_input: Let the straight-through estimates reach the encoder as well (Anthropic), not the threshold
             alone (DeepMind).
-        dead_coefficient: Weight of sum over dead latents of relu(threshold - pre) |d_i|, which pulls them up; 0 for none.
+        dead_coefficient: Weight of sum over dead latents of relu(threshold - pre) |d_i|, which pulls them up; or 0.
     """
 
     architecture = "jumprelu"
