@@ -15,7 +15,6 @@ _HOMES: dict[str, str] = {
     "knowledge_trace": "interp.neurons.tracing",
     "KnowledgeTrace": "interp.neurons.tracing",
     "concept_ablation": "interp.neurons.concepts",
-    "ConceptAblation": "interp.neurons.concepts",
     "concept_vectors": "interp.neurons.concepts",
     "ConceptVectors": "interp.neurons.concepts",
     "validate": "interp.neurons.validity",
@@ -90,7 +89,6 @@ __all__: list[str] = [
     "knowledge_trace",
     "KnowledgeTrace",
     "concept_ablation",
-    "ConceptAblation",
     "concept_vectors",
     "ConceptVectors",
     "validate",
@@ -152,7 +150,7 @@ if TYPE_CHECKING:
     from interp.neurons.births import LabelBirths, label_births
     from interp.neurons.clamping import clamp, clamped, generate_clamped
     from interp.neurons.comparing import AtlasComparison, compare
-    from interp.neurons.concepts import ConceptAblation, ConceptVectors, concept_ablation, concept_vectors
+    from interp.neurons.concepts import ConceptVectors, concept_ablation, concept_vectors
     from interp.neurons.confidence import LastLayer, last_layer_suppression
     from interp.neurons.context_facets import Facets, facets
     from interp.neurons.contexts import TopContexts, contexts_of, top_contexts
