@@ -65,3 +65,13 @@ def test_every_public_name_is_there() -> None:
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
     with pytest.raises(AttributeError, match="load_model"):
         interp.load_modle  # noqa: B018
+
+
+@pytest.mark.parametrize("package", ["attention", "dictionaries", "models", "neurons"])
+def test_every_lazy_name_is_there_and_not_hidden_by_its_module(package: str) -> None:
+    module = getattr(interp, package)
+    assert set(module._HOMES) == set(module.__all__)
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+        # importing `package.module` would put the module where the name is looked up
+        assert module._HOMES[name].rsplit(".", 1)[-1] != name
