@@ -225,7 +225,8 @@ def test_unreached_targets_are_empty_and_left_out(llama: SteeringComparison) -> 
     assert result.table().loc["diff_means", 400.0] == "-" and "[" in result.table().loc["diff_means", 0.1]
     assert result.differences()["difference"].isna().tolist() == [False, True]
     assert len(result.texts(bridge.tokenizer, approach="random", target=400.0)) == 0
-    assert result.plot() is not None
+    for trace in result.plot().data:  # bars for what was reached, and no others
+        assert list(trace.x) == ["0.1"] and len(trace.y) == 1
 
 
 def test_text_written_elsewhere_than_in_the_prompt_is_searched_at_the_last_position() -> None:
