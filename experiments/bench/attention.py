@@ -12,14 +12,12 @@ of any key.
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from _measuring import measured
 from torch import Tensor
 from torch.nn import functional
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -121,34 +119,6 @@ def line(case: dict[str, Any], route: str, seconds: float, extra: float | None, 
         "ratio": "" if fused is None else round(seconds / fused, 1),
         "difference": "",
     }
-
-
-def measured(device: str, run: Callable[[], Any]) -> tuple[float, float | None, Any]:
-    """Seconds, extra MiB, and the result. CPU time where the CPU computes: other programs do not count."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
-        result = run()
-        torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        return seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20, result
-    before, start = _resident(reset=True), time.process_time()
-    result = run()
-    seconds, peak = time.process_time() - start, _resident("VmHWM")
-    return seconds, None if before is None or peak is None else peak - before, result
-
-
-def _resident(field: str = "VmRSS", *, reset: bool = False) -> float | None:
-    """Resident memory of this process in MiB, now or (VmHWM) its peak since the last reset; None where not known."""
-    try:
-        if reset:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one needs
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except (OSError, AttributeError):
-        return None
-    return next((int(entry.split()[1]) / 1024 for entry in status if entry.startswith(field)), None)
 
 
 if __name__ == "__main__":

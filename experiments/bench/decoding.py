@@ -14,13 +14,12 @@ bfloat16 of which 65 % are reached, 4.8 TB/s, each tile written once and read tw
 
 from __future__ import annotations
 
-import ctypes
 import time
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from _measuring import measured
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import interp
@@ -50,7 +49,9 @@ def model(case: str, bridge: Any, device: str, dtype: torch.dtype) -> Iterator[d
     for null in (None, "rotation"):
         own = product_rate(d_mlp, d_vocab, d, device, dtype)
         seconds, extra, _ = measured(
-            device, lambda null=null: decode(bridge, null=null, dtype=dtype, memory_budget=budget)
+            device,
+            lambda null=null: decode(bridge, null=null, dtype=dtype, memory_budget=budget),
+            time.perf_counter,  # it is compared with a rate by the clock: run it alone
         )
         own = (own + product_rate(d_mlp, d_vocab, d, device, dtype)) / 2
         rate = (2 if null else 1) * 2 * n_layers * d_mlp * d_vocab * d / seconds / 1e9
@@ -67,7 +68,12 @@ def product_rate(n: int, v: int, d: int, device: str, dtype: torch.dtype) -> flo
     left = torch.randn(n, d, device=device).to(dtype)
     right = torch.randn(d, min(v, 8192), device=device).to(dtype)
     out = torch.empty(n, right.shape[1], device=device, dtype=dtype)
-    best = min(measured(device, lambda: [torch.mm(left, right, out=out) for _ in range(6)])[0] for _ in range(3))
+
+    def products() -> None:
+        for _ in range(6):
+            torch.mm(left, right, out=out)
+
+    best = min(measured(device, products, time.perf_counter)[0] for _ in range(3))
     return 6 * 2 * n * right.shape[1] * d / best / 1e9
 
 
@@ -98,34 +104,6 @@ def llama(quick: bool, device: str) -> Any:
             return LlamaForCausalLM(config)
     finally:
         torch.set_default_dtype(before)
-
-
-def measured(device: str, run: Callable[[], Any]) -> tuple[float, float | None, Any]:
-    """Seconds, extra MiB, and the result. Run it alone: seconds are those on the clock."""
-    if torch.device(device).type == "cuda":
-        torch.cuda.synchronize(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        before, start = torch.cuda.memory_allocated(device), time.perf_counter()
-        result = run()
-        torch.cuda.synchronize(device)
-        seconds = time.perf_counter() - start
-        return seconds, (torch.cuda.max_memory_allocated(device) - before) / 2**20, result
-    before, start = _resident(reset=True), time.perf_counter()
-    result = run()
-    seconds, peak = time.perf_counter() - start, _resident("VmHWM")
-    return seconds, None if before is None or peak is None else peak - before, result
-
-
-def _resident(field: str = "VmRSS", *, reset: bool = False) -> float | None:
-    """Resident memory of this process in MiB, now or (VmHWM) its peak since the last reset; None where not known."""
-    try:
-        if reset:
-            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what earlier runs freed must not hide what this one needs
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        status = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    except (OSError, AttributeError):
-        return None
-    return next((int(entry.split()[1]) / 1024 for entry in status if entry.startswith(field)), None)
 
 
 if __name__ == "__main__":

@@ -123,6 +123,8 @@ def _load(name: str) -> Any:
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up there
+    if str(HERE) not in sys.path:
+        sys.path.insert(0, str(HERE))  # for what benchmarks share
     spec.loader.exec_module(module)
     return module
 

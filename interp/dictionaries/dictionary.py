@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
@@ -42,7 +43,7 @@ class Step:
     l0: float
 
 
-class Dictionary(nn.Module):
+class Dictionary(nn.Module, ABC):
     """A dictionary of `n_latents` features. Subclasses say how pre-activations become latents and what is trained.
 
     Args:
@@ -124,10 +125,11 @@ class Dictionary(nn.Module):
 
     # What subclasses define.
 
+    @abstractmethod
     def activate(self, preactivations: Float[Tensor, "*batch latent"]) -> Float[Tensor, "*batch latent"]:
         """Latents of pre-activations, as at inference."""
-        raise NotImplementedError
 
+    @abstractmethod
     def step(
         self,
         inputs: Float[Tensor, "token d_in"],
@@ -143,7 +145,6 @@ class Dictionary(nn.Module):
             coefficient: Of the sparsity penalty; None for the architecture's own, where it has one.
             dead: Latents that have been silent for long, for the auxiliary losses that revive them.
         """
-        raise NotImplementedError
 
     # What all share.
 
