@@ -85,7 +85,8 @@ def violations(path: Path) -> list[str]:
         room = room_of(module)
         if room is not None and not allowed(importer, room, inside_function=inside):
             found.append(f"{path.relative_to(ROOT)} imports {module}")
-        if module.split(".")[0] == "transformer_lens" and importer not in LENS:
+        tool = inside and module.startswith("transformer_lens.tools.")  # public and model-free, such as sparse probing
+        if module.split(".")[0] == "transformer_lens" and importer not in LENS and not tool:
             found.append(f"{path.relative_to(ROOT)} imports {module}")
     return found
 

@@ -36,6 +36,10 @@ _HOMES: dict[str, str] = {
     "spliced": "interp.dictionaries.splicing",
     "load_dictionary": "interp.dictionaries.loading",
     "save_dictionary": "interp.dictionaries.loading",
+    "Absorption": "interp.dictionaries.feature_absorption",
+    "absorption": "interp.dictionaries.feature_absorption",
+    "Probing": "interp.dictionaries.probing",
+    "sparse_probing": "interp.dictionaries.probing",
     "DictionaryReport": "interp.dictionaries.evaluation",
     "evaluate": "interp.dictionaries.evaluation",
     "SNMF": "interp.dictionaries.snmf",
@@ -152,6 +156,10 @@ __all__: list[str] = [
     "relative_fluency",
     "SteeringComparison",
     "compare_steering",
+    "Absorption",
+    "absorption",
+    "Probing",
+    "sparse_probing",
     "TokenRows",
     "token_rows",
     "label_masks",
@@ -197,6 +205,7 @@ if TYPE_CHECKING:
         reading_direction,
     )
     from interp.dictionaries.evaluation import DictionaryReport, evaluate
+    from interp.dictionaries.feature_absorption import Absorption, absorption
     from interp.dictionaries.feature_choice import FeatureChoiceSAE
     from interp.dictionaries.features import (
         GroupOverlaps,
@@ -217,6 +226,7 @@ if TYPE_CHECKING:
     from interp.dictionaries.matryoshka import MatryoshkaSAE, prefix_widths
     from interp.dictionaries.mutual_choice import MutualChoiceSAE
     from interp.dictionaries.planted import PlantedSource, recovery
+    from interp.dictionaries.probing import Probing, sparse_probing
     from interp.dictionaries.reading import FeatureReading, label_features, read_features
     from interp.dictionaries.relu import ReLUSAE
     from interp.dictionaries.rows import TokenRows, label_masks, token_rows
