@@ -1,4 +1,4 @@
-"""The command line: `interp models | check | study | harvest`.
+"""The command line: `interp models | check | study | harvest | train`.
 
 Errors that a user can mend are one line on stderr and exit status 2; a study or a check that did not pass is status 1.
 `--debug` shows the whole traceback instead.
@@ -7,17 +7,22 @@ Errors that a user can mend are one line on stderr and exit status 2; a study or
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import interp
+from interp.cache.token_files import read_tokens as _read_tokens
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from interp.dictionaries import TrainingFile
     from interp.studies import StudyRun
 
 _EXAMPLES = """examples:
@@ -28,6 +33,7 @@ _EXAMPLES = """examples:
   interp study activation_patching --model gpt2     run one of them on another model and write its report
   interp harvest tinyworld-gpt --tokens text.txt --length 64 \\
       --hooks 'blocks.*.hook_resid_post' --out store --dry-run
+  interp train topk.toml                            train a sparse autoencoder, or go on with it
 
 `interp COMMAND --help` explains one command. MODEL is the name of an embedded model (interp models), a directory with
 config.json, weights and tokenizer, or the id of a model on the Hugging Face hub."""
@@ -157,6 +163,34 @@ def _parser() -> argparse.ArgumentParser:
     harvest.add_argument(
         "--no-resume", dest="resume", action="store_false", help="refuse to go on with an earlier harvest"
     )
+
+    train = command(
+        "train",
+        _train,
+        "train a dictionary of features, or a grid of them",
+        "Train what CONFIG (.toml or .json) asks for: activations of a model or a store, a dictionary, how to train.\n"
+        "interp.dictionaries.training_file describes the file. A run that was stopped goes on where it was when the\n"
+        "same command is given again; one that is finished is not redone. Status 1 if a run of a grid failed.",
+        "  interp train topk.toml --dry-run\n"
+        "  interp train topk.toml\n"
+        "  interp train grid.toml --executor local --at-once 2       each run of [grid] in a process of its own\n"
+        "  interp train grid.toml --executor slurm --resource slurm_partition=gpu --resource gpus_per_node=1\n"
+        "  torchrun --nproc-per-node 2 -m interp.cli train topk.toml     several processes share every batch",
+    )
+    train.add_argument("config", metavar="CONFIG", help="the training file")
+    train.add_argument("--out", metavar="DIR", help="folder for states and dictionaries (default: the file's)")
+    train.add_argument("--device", metavar="D", help="cpu, cuda, cuda:1, mps (default: the package chooses)")
+    train.add_argument("--dry-run", action="store_true", help="say how long and how much memory, and write nothing")
+    train.add_argument("--no-resume", dest="resume", action="store_false", help="train anew what is there already")
+    train.add_argument(
+        "--executor", choices=["in_process", "local", "slurm"], default="in_process", help="where runs of a grid go"
+    )
+    train.add_argument("--together", action="store_true", help="train runs that can share batches in one pass")
+    train.add_argument("--at-once", metavar="N", type=_positive, help="jobs at the same time (local: 1)")
+    train.add_argument(
+        "--resource", metavar="NAME=VALUE", action="append", default=[], help="a parameter of submitit; several times"
+    )
+    train.add_argument("--no-wait", dest="wait", action="store_false", help="slurm: return when jobs are submitted")
     return parser
 
 
@@ -229,66 +263,79 @@ def _harvest(options: argparse.Namespace) -> int:
     return 0
 
 
+def _train(options: argparse.Namespace) -> int:
+    from interp.dictionaries import dry_run, read_training_file, train
+
+    file = read_training_file(options.config, out=options.out)
+    resources = dict(_resource(text) for text in options.resource)
+    one = file.runs.get("")
+    if one is None and not options.dry_run:
+        return _train_grid(options, file, resources)
+    if one is not None and (options.executor != "in_process" or resources):
+        raise ValueError("--executor and --resource are for files with a [grid]; this one is a single run")
+    with _warnings_as_lines():
+        data = file.open(device=options.device)
+    if options.dry_run:
+        for name, config in file.runs.items():
+            print(f"{name}: {dry_run(config, data, device=options.device)}".removeprefix(": "))
+        return 0
+    assert one is not None
+    dictionary = train(one, data, path=file.out, resume=options.resume, device=options.device, progress=True)
+    if os.environ.get("RANK", "0") == "0":  # under torchrun once, not once per process
+        last = dictionary.metadata["history"][-1]
+        print(f"{file.out}: " + ", ".join(f"{name} {last[name]:.4g}" for name in ("step", "loss", "l0", "fvu", "dead")))
+    return 0
+
+
+def _train_grid(options: argparse.Namespace, file: TrainingFile, resources: dict[str, Any]) -> int:
+    from interp.dictionaries import SweepFailed, sweep
+
+    if not options.resume:
+        raise ValueError("--no-resume is for single runs; give a grid another --out to train it anew")
+    try:
+        found = sweep(
+            file.runs,
+            file.data,
+            file.out,
+            executor=options.executor,
+            together=options.together,
+            at_once=options.at_once,
+            device=options.device,
+            resources=resources,
+            wait=options.wait,
+            progress=True,
+        )
+    except SweepFailed as failed:
+        print(failed.sweep.status().to_string(index=False))
+        print(f"interp train: {failed}", file=sys.stderr)
+        return 1
+    print(found.status().to_string(index=False))
+    return 0
+
+
+def _resource(text: str) -> tuple[str, Any]:
+    name, given, value = text.partition("=")
+    if not given:
+        raise ValueError(f"--resource {text}: expected NAME=VALUE")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
 def read_tokens(path: str | os.PathLike[str], bridge: Any, *, length: int | None = None) -> Tensor:
-    """Token ids [example, pos] from a file: `.npy`, `.safetensors` (the tensor `tokens` or the only one) or text.
-
-    Text is cut into rows of `length` tokens, each beginning with the tokenizer's BOS if it has one; the rest that does
-    not fill a row is dropped, which is said on stderr.
-
-    Raises:
-        FileNotFoundError, ValueError: If there is no such file, or it does not hold a table of whole numbers.
-    """
-    import torch
-
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {str(path)!r} with tokens")
-    if path.suffix == ".txt":
-        return _cut(path.read_text(encoding="utf-8"), path, bridge, length)
-    if path.suffix == ".npy":
-        import numpy as np
-
-        tokens = torch.from_numpy(np.load(path, allow_pickle=False))
-    elif path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        tensors = load_file(path)
-        name = "tokens" if "tokens" in tensors or len(tensors) != 1 else next(iter(tensors))
-        if name not in tensors:
-            held = ", ".join(sorted(tensors)) or "nothing"
-            raise ValueError(f"{path} holds {held}, but no tensor called 'tokens'")
-        tokens = tensors[name]
-    else:
-        raise ValueError(
-            f"tokens come as .npy, .safetensors or .txt, not as {path.suffix or 'a file without ending'!r}"
-        )
-    if tokens.ndim != 2 or tokens.is_floating_point() or tokens.dtype == torch.bool:
-        raise ValueError(
-            f"{path} holds {tokens.dtype} of shape {tuple(tokens.shape)}; expected whole numbers [example, pos]"
-        )
-    return tokens.long()
+    """`interp.cache.token_files.read_tokens`, with its warnings as lines on stderr."""
+    with _warnings_as_lines():
+        return _read_tokens(path, getattr(bridge, "tokenizer", None), length=length)
 
 
-def _cut(text: str, path: Path, bridge: Any, length: int | None) -> Tensor:
-    import torch
-
-    if length is None:
-        raise ValueError(f"{path} is text: say how many tokens a row has, for example --length 64")
-    tokenizer = bridge.tokenizer
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    body = length - len(start)
-    rows = len(ids) // body if body > 0 else 0
-    if rows == 0:
-        raise ValueError(
-            f"{path} has {len(ids)} tokens, too few for one row of {length}; pass a smaller --length or more text"
-        )
-    if len(ids) % body:
-        print(
-            f"dropped the last {len(ids) % body} of {len(ids)} tokens: they do not fill a row of {length}",
-            file=sys.stderr,
-        )
-    return torch.tensor([start + ids[i * body : (i + 1) * body] for i in range(rows)])
+@contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield
+    for line in dict.fromkeys(str(warning.message) for warning in found):
+        print(line, file=sys.stderr)
 
 
 def _dtype(name: str | None) -> Any:

@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 
 import interp
 from interp import cli
-from tests.helpers import tiny_bridge
+from tests.helpers import tiny_bridge, tiny_tokens
 
 
 @pytest.fixture
@@ -36,12 +36,12 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_help_names_every_command_and_shows_examples(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main([]) == 0
     text = capsys.readouterr().out
-    for command in ("models", "check", "study", "harvest"):
+    for command in ("models", "check", "study", "harvest", "train"):
         assert f"\n    {command} " in text
         assert f"interp {command}" in text.split("examples:")[1]
 
 
-@pytest.mark.parametrize("command", ["models", "check", "study", "harvest"])
+@pytest.mark.parametrize("command", ["models", "check", "study", "harvest", "train"])
 def test_every_command_explains_itself(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         cli.main([command, "--help"])
@@ -218,3 +218,77 @@ def test_studies_are_listed(
     assert "01_why  [tinyworld-gpt]\n    A title. Why so?\n" in text
     assert cli.main(["study", "01", "--all"]) == 2
     assert "--all" in capsys.readouterr().err
+
+
+@pytest.fixture
+def training_file(tmp_path: Path) -> Any:
+    """Writes a training file for a small store."""
+    hook = "blocks.1.hook_mlp_out"
+    interp.cache.harvest(tiny_bridge("llama"), tiny_tokens(8, 6), hook, tmp_path / "store", batch_size=4)
+
+    def write(**changes: Any) -> str:
+        values = {
+            "out": "out",
+            "hook": hook,
+            "data": {"store": "store"},
+            "dictionary": {"architecture": "topk", "n_latents": 12, "k": 2},
+            "training": {"n_steps": 4, "batch_size": 8, "checkpoint_every": 2},
+        }
+        (tmp_path / "run.json").write_text(json.dumps({**values, **changes}))
+        return str(tmp_path / "run.json")
+
+    return write
+
+
+def test_train_plans_trains_and_goes_on(training_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = training_file()
+    assert cli.main(["train", file, "--dry-run"]) == 0
+    assert "tokens/s" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    assert cli.main(["train", file]) == 0
+    first = capsys.readouterr().out
+    assert first.startswith(f"{tmp_path / 'out'}: step 4, loss ") and ", l0 " in first
+    saved = tmp_path / "out" / "dictionary.safetensors"
+    written, bits = saved.stat().st_mtime_ns, saved.read_bytes()
+    assert cli.main(["train", file]) == 0  # finished: not again
+    assert saved.stat().st_mtime_ns == written and capsys.readouterr().out == first
+    assert cli.main(["train", file, "--no-resume", "--device", "cpu"]) == 0
+    assert saved.stat().st_mtime_ns > written and saved.read_bytes() == bits
+    assert cli.main(["train", file, "--out", str(tmp_path / "elsewhere")]) == 0
+    assert interp.dictionaries.load_dictionary(tmp_path / "elsewhere").n_latents == 12
+
+
+def test_train_runs_a_grid(training_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    grid = {"dictionary.k": [2, 3], "seed": [0, 1]}
+    file = training_file(grid=grid)
+    assert cli.main(["train", file, "--dry-run"]) == 0
+    assert capsys.readouterr().out.count("tokens/s") == 4 and not (tmp_path / "out").exists()
+    assert cli.main(["train", file, "--together"]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert len(table) == 5 and all(" finished " in line for line in table[1:])
+    assert interp.dictionaries.load_dictionary(tmp_path / "out" / "k=3,seed=1").settings()["k"] == 3
+    wild = training_file(grid={"learning_rate": [1e-3, 1e38]}, out="wild", training={"n_steps": 9, "batch_size": 8})
+    assert cli.main(["train", wild]) == 1
+    printed = capsys.readouterr()
+    assert " finished " in printed.out and " failed " in printed.out and "1 of 2 runs did not finish" in printed.err
+
+
+def test_train_says_what_is_wrong_in_one_line(
+    training_file: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cases: list[tuple[dict[str, Any], list[str], str]] = [
+        ({"trainnig": {}}, [], "the file has no setting trainnig"),
+        ({"hook": "blocks.9.hook_mlp_out"}, [], "blocks.9.hook_mlp_out is not among them"),
+        ({}, ["--executor", "local"], "for files with a [grid]"),
+        ({}, ["--resource", "mem_gb=4"], "for files with a [grid]"),
+        ({}, ["--resource", "mem_gb"], "expected NAME=VALUE"),
+    ]
+    for changes, options, message in cases:
+        assert cli.main(["train", training_file(**changes), *options]) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert cli.main(["train", str(tmp_path / "nowhere.toml")]) == 2
+    assert "no training file" in capsys.readouterr().err
+    assert cli.main(["train", training_file(grid={"seed": [0]}), "--no-resume"]) == 2
+    assert "--no-resume is for single runs" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 
 import interp
 from interp.cache import capture, harvest
+from interp.dictionaries import LiveSource, TrainingConfig, evaluate, load_dictionary, spliced, train
 from interp.metrics import logit_difference
 from interp.patching import activation_patch, attribution_patch
 from interp.prompts import Prompts
@@ -79,3 +81,45 @@ def test_bfloat16_finds_the_same_cells(device: str, family: str, tmp_path: Path)
     )
     assert store["blocks.0.hook_resid_post"][:].dtype == torch.bfloat16
     assert store.verify().ok
+
+
+DICTIONARIES: dict[str, dict[str, Any]] = {
+    "relu": {"coefficient": 0.1, "normalisation": "mean_norm"},
+    "gated": {"coefficient": 0.1},
+    "jumprelu": {"coefficient": 0.1},
+    "topk": {"k": 3, "normalisation": "mean_square"},
+    "batch_topk": {"k": 3},
+    "matryoshka": {"k": 3, "widths": [8, 24]},
+    "mutual_choice": {"k": 3},
+    "feature_choice": {"k": 3},
+    "gradient": {"k": 3},
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("architecture", DICTIONARIES)
+def test_dictionaries_train_and_stand_in_a_model_as_on_the_cpu(architecture: str, device: str, tmp_path: Path) -> None:
+    hook, tokens = "blocks.1.hook_mlp_out", tiny_tokens(16, 10)
+    reference, bridge = bridge_on("cpu", "llama"), bridge_on(device, "llama")
+    settings = {"architecture": architecture, "n_latents": 24, "hook": hook, **DICTIONARIES[architecture]}
+    aims = {"target_l0": 4.0, "resample_every": 4} if architecture in ("relu", "gated", "jumprelu") else {}
+    # dead after hardly any tokens, so that auxiliary losses and resampling take part
+    config = TrainingConfig(settings, n_steps=15, batch_size=32, learning_rate=1e-3, dead_after=40, log_every=5, **aims)
+    gradient = hook if architecture == "gradient" else None
+    sources = [LiveSource(b, tokens, (hook,), texts_per_buffer=8, gradient_of=gradient) for b in (reference, bridge)]
+    expected = train(config, sources[0], path=tmp_path / "reference")
+    found = train(config, sources[1], path=tmp_path / device)
+    assert {tensor.device.type for tensor in found.parameters()} == {device}
+    resumed = train(config, sources[0], path=tmp_path / device)  # what was trained there goes on here
+    for name, value in expected.state_dict().items():
+        torch.testing.assert_close(found.state_dict()[name].cpu(), value, atol=1e-4, rtol=1e-3)
+        assert torch.equal(resumed.state_dict()[name], found.state_dict()[name].cpu())
+    loaded = load_dictionary(tmp_path / device, device=device)
+    assert {tensor.device.type for tensor in loaded.state_dict().values() if tensor.ndim} == {device}
+    with torch.no_grad(), spliced(bridge, loaded) as inside:
+        logits = bridge(tokens.to(device))
+    assert inside.latents is not None and inside.latents.device.type == device
+    torch.testing.assert_close(logits, bridge(tokens.to(device)).detach(), atol=1e-4, rtol=1e-4)
+    report, on_cpu = evaluate(loaded, bridge, tokens), evaluate(expected, reference, tokens)
+    for metric in ("l0", "fvu", "ce_rise", "kl_spliced"):
+        assert report[metric] == pytest.approx(on_cpu[metric], rel=0.02, abs=1e-3), metric

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import numpy as np
@@ -273,3 +274,93 @@ def test_unmeasured_p_values_are_not_counted() -> None:
 def test_what_makes_no_sense_is_refused(call: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call()
+
+
+# max_statistic
+
+
+def test_max_statistic_is_what_trying_every_pattern_says() -> None:
+    values = sample(2, 3, 6, seed=3)
+    values[1, 2] = np.nan
+    for statistic in ("mean", "t"):
+        for alternative in ("two-sided", "greater", "less"):
+            found = stats.max_statistic(values, statistic=statistic, alternative=alternative)  # type: ignore[arg-type]
+
+            def score(cells: np.ndarray, _statistic: str = statistic, _alternative: str = alternative) -> np.ndarray:
+                out = cells.mean(-1)
+                if _statistic == "t":
+                    out = out / (cells.std(-1, ddof=1) / np.sqrt(6))
+                return {"two-sided": abs(out), "greater": out, "less": -out}[_alternative]
+
+            null = [np.nanmax(score(values * np.array(s))) for s in itertools.product((1, -1), repeat=6)]
+            expected = np.array([[np.mean(np.array(null) >= cell - 1e-12) for cell in row] for row in score(values)])
+            expected[1, 2] = np.nan
+            assert np.allclose(found.p_value, expected, equal_nan=True)
+            assert np.allclose(abs(found.statistic), abs(score(values)), equal_nan=True)
+            assert (np.sign(found.statistic) == np.sign(values.mean(-1))).sum() == 5  # all that are measured
+            for level in (0.5, 0.8, 0.95):
+                again = stats.max_statistic(values, statistic=statistic, alternative=alternative, confidence=level)  # type: ignore[arg-type]
+                reported = np.nan_to_num(score(values), nan=-np.inf) > again.threshold
+                assert (reported == (np.nan_to_num(found.p_value, nan=1.0) <= 1 - level + 1e-12)).all()
+
+
+def test_a_search_over_a_grid_of_noise_reports_as_often_as_it_says() -> None:
+    rng = np.random.default_rng(0)
+    for n in (8, 30):  # every pattern, and a sample of them
+        hits = {"max": 0, "each": 0}
+        for _ in range(200):
+            # cells of a grid share what they share, unlike independent ones
+            noise = rng.normal(size=(20, n)) + 2 * rng.normal(size=n)
+            hits["max"] += stats.max_statistic(noise, n_permutations=199).p_value.min() <= 0.1
+            hits["each"] += stats.paired_test(noise, n_permutations=199).min() <= 0.1
+        assert 0.04 < hits["max"] / 200 < 0.16
+        assert hits["each"] > 1.5 * hits["max"]
+
+
+def test_shared_noise_costs_nothing_unlike_with_holm() -> None:
+    rng = np.random.default_rng(1)
+    better = 0
+    for _ in range(20):
+        values = 0.1 * rng.normal(size=(40, 20)) + rng.normal(size=20) + 0.55
+        corrected = stats.max_statistic(values, n_permutations=1000).p_value.min()
+        better += corrected < stats.adjust_p_values(stats.paired_test(values, n_permutations=1000)).min()
+    assert better == 20
+
+
+def test_one_cell_is_the_paired_test_and_large_t_needs_no_large_mean() -> None:
+    values = sample(1, 10)
+    assert np.allclose(stats.max_statistic(values).p_value, stats.paired_test(values))
+    many = stats.max_statistic(sample(1, 40), n_permutations=500, seed=2)
+    assert np.allclose(many.p_value, stats.paired_test(sample(1, 40), n_permutations=500, seed=2))
+    small = np.stack([5 * sample(30, seed=1), 0.01 * sample(30, seed=2) + 0.02])
+    assert stats.max_statistic(small, statistic="t").p_value[1] < 0.01
+    assert stats.max_statistic(small, statistic="mean").p_value[1] > 0.5
+    assert stats.max_statistic(np.zeros((2, 5)), statistic="t").p_value.tolist() == [1, 1]
+
+
+def test_examples_of_a_group_flip_together() -> None:
+    values = np.tile(sample(3, 5), (1, 8))  # every group's value eight times
+    names = np.tile(list("abcde"), 8)
+    grouped = stats.max_statistic(values, groups=names)
+    assert grouped.n_groups == 5
+    assert np.allclose(grouped.p_value, stats.max_statistic(sample(3, 5)).p_value)
+    assert stats.max_statistic(values).p_value.min() < grouped.p_value.min()
+    assert stats.max_statistic(np.ones((2, 4))).threshold == np.inf  # 2 of 16 patterns: p = 0.125 at best
+    assert stats.max_statistic(np.ones((2, 4)), confidence=0.8).threshold < 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"statistic": "median"}, "statistic must be 'mean' or, for 2 examples or more, 't'; got 'median'"),
+        ({"alternative": "more"}, "alternative must be 'two-sided', 'greater' or 'less', got 'more'"),
+        ({"groups": ["a"]}, "groups has 1 entries for 5 examples"),
+        ({"confidence": 95}, "confidence must lie between 0 and 1"),
+        ({"differences": np.full((2, 5), np.nan)}, "every cell holds a NaN"),
+        ({"differences": np.ones((2, 1)), "statistic": "t"}, "for 2 examples or more, 't'; got 't' for 1"),
+    ],
+)
+@pytest.mark.usefixtures("unchecked")
+def test_max_statistic_refuses(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        stats.max_statistic(options.pop("differences", sample(2, 5)), **options)

@@ -26,6 +26,13 @@ _HOMES: dict[str, str] = {
     "train": "interp.dictionaries.training",
     "train_many": "interp.dictionaries.training",
     "dry_run": "interp.dictionaries.training",
+    "TrainingData": "interp.dictionaries.training_file",
+    "TrainingFile": "interp.dictionaries.training_file",
+    "grid": "interp.dictionaries.training_file",
+    "read_training_file": "interp.dictionaries.training_file",
+    "Sweep": "interp.dictionaries.sweeping",
+    "SweepFailed": "interp.dictionaries.sweeping",
+    "sweep": "interp.dictionaries.sweeping",
     "LiveSource": "interp.dictionaries.sources",
     "StoreSource": "interp.dictionaries.sources",
     "TensorSource": "interp.dictionaries.sources",
@@ -44,7 +51,9 @@ _HOMES: dict[str, str] = {
     "evaluate": "interp.dictionaries.evaluation",
     "SNMF": "interp.dictionaries.snmf",
     "HierarchicalSNMF": "interp.dictionaries.hierarchy",
+    "SteeringLatent": "interp.dictionaries.vectors",
     "SteeringVector": "interp.dictionaries.vectors",
+    "latent_vectors": "interp.dictionaries.steering_latents",
     "choose_feature": "interp.dictionaries.vectors",
     "dictionary_vectors": "interp.dictionaries.vectors",
     "diff_means": "interp.dictionaries.vectors",
@@ -99,6 +108,13 @@ _HOMES: dict[str, str] = {
 }
 
 __all__: list[str] = [
+    "Sweep",
+    "SweepFailed",
+    "TrainingData",
+    "TrainingFile",
+    "grid",
+    "read_training_file",
+    "sweep",
     "load_dictionary",
     "save_dictionary",
     "ARCHITECTURES",
@@ -132,7 +148,9 @@ __all__: list[str] = [
     "train_many",
     "SNMF",
     "HierarchicalSNMF",
+    "SteeringLatent",
     "SteeringVector",
+    "latent_vectors",
     "choose_feature",
     "dictionary_vectors",
     "diff_means",
@@ -236,12 +254,16 @@ if TYPE_CHECKING:
     from interp.dictionaries.stability import Matching, Stability, match_features, seed_stability
     from interp.dictionaries.steering import Knob, generate_steered, steer
     from interp.dictionaries.steering_comparison import compare_steering
+    from interp.dictionaries.steering_latents import latent_vectors
     from interp.dictionaries.steering_result import SteeringComparison
     from interp.dictionaries.steering_scores import Concept, fluency, harmonic_mean, label_log_odds, relative_fluency
+    from interp.dictionaries.sweeping import Sweep, SweepFailed, sweep
     from interp.dictionaries.topk import TopKSAE
     from interp.dictionaries.training import TrainingDiverged, dry_run, train, train_many
     from interp.dictionaries.training_config import TrainingConfig
+    from interp.dictionaries.training_file import TrainingData, TrainingFile, grid, read_training_file
     from interp.dictionaries.vectors import (
+        SteeringLatent,
         SteeringVector,
         choose_feature,
         dictionary_vectors,

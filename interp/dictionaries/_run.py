@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from interp.dictionaries._files import read_tensors, write_tensors
+from interp.dictionaries._parallel import ALONE, Peers, together
 from interp.dictionaries.dictionary import Dictionary, Step
 from interp.dictionaries.l0_control import L0Controller
 from interp.dictionaries.sources import Source
@@ -31,9 +33,16 @@ class Run:
     """
 
     def __init__(
-        self, config: TrainingConfig, dictionary: Dictionary, source: Source, path: Path | None, *, resume: bool
+        self,
+        config: TrainingConfig,
+        dictionary: Dictionary,
+        source: Source,
+        path: Path | None,
+        *,
+        resume: bool,
+        peers: Peers = ALONE,
     ) -> None:
-        self.config, self.dictionary, self.path = config, dictionary, path
+        self.config, self.dictionary, self.path, self.peers = config, dictionary, path, peers
         self.step, self.saved = 0, None
         self.silent = torch.zeros(dictionary.n_latents, dtype=torch.long, device=dictionary.W_dec.device)
         self.history: list[dict[str, float]] = []
@@ -53,14 +62,16 @@ class Run:
             raise ValueError(
                 f"the settings cannot be written to a file, so the run could not go on: {error}"
             ) from error
-        self.optimiser = torch.optim.Adam(
-            dictionary.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
-        )
+        self.optimiser = torch.optim.Adam(self._groups(), lr=config.learning_rate, betas=config.betas, fused=True)
         state = None if path is None else path / STATE
-        if state is not None and state.exists() and resume:
+        there = state is not None and state.exists() and resume
+        peers.check_same("settings or data", self.identity)
+        peers.check_same(f"files in {path} (do all see the same disk?)", there)
+        if state is not None and there:
             self._load(state)
         else:
             self._start(source)
+        peers.share([*dictionary.state_dict().values(), self.silent])
 
     def __str__(self) -> str:
         if not self.history:
@@ -69,7 +80,7 @@ class Run:
         return f"loss {last['loss']:.4g}, L0 {last['l0']:.1f}, FVU {last['fvu']:.3f}, dead {last['dead']:.1%}"
 
     def advance(self, batch: Mapping[str, Tensor]) -> None:
-        """One step on a batch of activations by hook.
+        """One step on a batch of activations by hook, all of it in every process.
 
         Raises:
             FloatingPointError: If the loss or the gradient is not finite, before the weights change; or if weights
@@ -82,14 +93,18 @@ class Run:
         options: dict[str, Any] = {"dead": self.silent > config.dead_tokens}
         if self.penalised:
             options["coefficient"] = config.sparsity(self.step) * self._coefficient()
-        if "gradient" in batch:
-            options["gradient"] = batch["gradient"].to(dictionary.W_dec.device)
-        step = dictionary.step(inputs, targets, **options)
-        loss = float(step.loss.detach())
+        if dictionary.needs_gradient:
+            options["gradient"] = self.peers.own(batch["gradient"].to(dictionary.W_dec.device))
+        with together(dictionary, self.peers):
+            step = dictionary.step(
+                self.peers.own(inputs), None if targets is None else self.peers.own(targets), **options
+            )
+        step, loss = self._of_all(step)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss}")
         self.optimiser.zero_grad(set_to_none=True)
         step.loss.backward()
+        self.peers.average_gradients(dictionary.parameters())
         dictionary.project_gradient()
         limit = math.inf if config.clip is None else config.clip
         norm = float(torch.nn.utils.clip_grad_norm_(dictionary.parameters(), limit))
@@ -110,6 +125,8 @@ class Run:
             return
         if self.saved != self.step:
             self.save()
+        if not self.peers.first:
+            return
         record = {"settings": self.dictionary.settings(), "metadata": plain(self.dictionary.metadata)}
         write_tensors(self.path / RESULT, self.dictionary.state_dict(), record)
 
@@ -118,6 +135,10 @@ class Run:
         bad = [name for name, value in self.dictionary.named_parameters() if not bool(value.isfinite().all())]
         if bad:  # never in place of a good state
             raise FloatingPointError(f"{', '.join(bad)} are not finite any more")
+        self.peers.check_same("weights", self.dictionary.state_dict())
+        if not self.peers.first:
+            self.saved = self.step
+            return
         tensors = {f"dictionary.{name}": value for name, value in self.dictionary.state_dict().items()}
         for i, moments in self.optimiser.state_dict()["state"].items():
             tensors |= {f"adam.{i}.{name}": value for name, value in moments.items()}
@@ -191,19 +212,45 @@ class Run:
     def _account(self, step: Step, inputs: Tensor, targets: Tensor | None, loss: float) -> None:
         self.silent = torch.where(step.fired, 0, self.silent + len(inputs))
         if self.control is not None and self.config.sparsity(self.step) == 1.0:
-            self.control.update(step.l0)
+            self.control.update(step.l0, self._highest(step))
         self.step += 1
         if self.step % self.config.log_every == 0 or self.step == self.config.n_steps:
             with torch.no_grad():
                 _, target = self.dictionary._batch(inputs, targets)
-                error = (target - step.reconstruction).double().square().sum()
+                error = self.peers.sum((self.peers.own(target) - step.reconstruction).double().square().sum())
                 fvu = float(error / (target - target.mean(0)).double().square().sum())
             dead = float((self.silent > self.config.dead_tokens).double().mean())
             entry = {"step": float(self.step), "loss": loss, "l0": step.l0, "fvu": fvu, "dead": dead}
             entry["rate"] = self.config.rate(self.step - 1)
             if self.penalised:
                 entry["coefficient"] = self._coefficient()
-            self.history.append(entry | {f"loss_{k}": float(v.detach()) for k, v in step.terms.items()})
+            terms = {f"loss_{k}": float(self.peers.mean(v.detach())) for k, v in step.terms.items()}
+            self.history.append(entry | terms)
+
+    def _groups(self) -> list[Any]:
+        """Parameters in their order. A controller changes the penalty by orders of magnitude within a run; thresholds,
+        which it acts on directly, must not move by what the gradients were a thousand steps ago."""
+        named = dict(self.dictionary.named_parameters())
+        if self.control is None or "threshold" not in named:
+            return list(named.values())
+        own = {"betas": (self.config.betas[0], min(self.config.betas[1], 0.99))}
+        return [{"params": [value], **(own if name == "threshold" else {})} for name, value in named.items()]
+
+    def _highest(self, step: Step) -> float | None:
+        """The largest sparsity coefficient that makes sense, where the architecture knows it."""
+        highest = getattr(self.dictionary, "highest_coefficient", None)
+        if highest is None or self.config.target_l0 is None:
+            return None
+        return highest(float(self.peers.mean(step.terms["reconstruction"].detach())), self.config.target_l0)
+
+    def _of_all(self, step: Step) -> tuple[Step, float]:
+        """A step's loss, and which latents fired and how many, in the whole batch."""
+        if self.peers.size == 1:
+            return step, float(step.loss.detach())
+        sums = torch.tensor([float(step.loss.detach()), step.l0], dtype=torch.float64, device=step.fired.device)
+        own = torch.cat([sums, step.fired.double()])  # one message for all of it
+        mean = self.peers.mean(own)
+        return replace(step, fired=mean[2:] > 0, l0=float(mean[1])), float(mean[0])
 
     @torch.no_grad()
     def _resample(self, inputs: Tensor, targets: Tensor | None) -> None:
@@ -236,6 +283,8 @@ class Run:
             for moment in ("exp_avg", "exp_avg_sq"):
                 self.optimiser.state[parameter][moment][along] = 0.0
         self.silent[dead] = 0
+        moments = [value for state in self.optimiser.state.values() for value in state.values()]
+        self.peers.share([*dictionary.state_dict().values(), *moments])
 
 
 def geometric_median(points: Tensor, *, iterations: int = 100, tolerance: float = 1e-6) -> Tensor:

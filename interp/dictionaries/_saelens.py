@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from interp.dictionaries.architectures import build
+from interp.dictionaries import _foreign
+from interp.dictionaries._foreign import Found
 from interp.dictionaries.batch_topk import BatchTopKSAE
 from interp.dictionaries.dictionary import Dictionary
 from interp.dictionaries.gated import GatedSAE
@@ -19,7 +19,7 @@ from interp.dictionaries.jumprelu import JumpReLUSAE
 from interp.dictionaries.relu import ReLUSAE
 from interp.dictionaries.topk import TopKSAE
 
-CONFIG, WEIGHTS = "cfg.json", "sae_weights.safetensors"
+CONFIG, WEIGHTS, SCALER = "cfg.json", "sae_weights.safetensors", "activation_scaler.json"
 VERSION = "6.0.0"  # of the layout that is written
 _KINDS: dict[str, dict[str, Any]] = {
     "standard": {"architecture": "relu"},
@@ -30,6 +30,13 @@ _KINDS: dict[str, dict[str, Any]] = {
     "skip_transcoder": {"architecture": "relu", "skip": True},
     "jumprelu_transcoder": {"architecture": "jumprelu"},
     "jumprelu_skip_transcoder": {"architecture": "jumprelu", "skip": True},
+    "batchtopk": {"architecture": "batch_topk"},  # these two in training checkpoints only
+    "matryoshka_batchtopk": {"architecture": "matryoshka"},
+}
+_REFUSED = {
+    "matching_pursuit": "its latents are found one after the other by a search, not by an encoder",
+    "abstopk": "its latents are of both signs, and those here are never negative",
+    "temporal": "its latents of a token depend on the tokens before it",
 }
 _NORMALISATION = {
     "none": "none",
@@ -39,57 +46,51 @@ _NORMALISATION = {
 }
 
 
-def read(folder: Path, *, target_hook: str | None, device: str | torch.device) -> Dictionary:
+def read(folder: Path, hook: str | None, target_hook: str | None) -> Found:
     """A dictionary from a folder, also of versions before 6. See `interp.dictionaries.load_dictionary`."""
-    config = _modern(_json(folder / CONFIG))
-    tensors = _weights(folder / WEIGHTS)
+    folder = folder if folder.is_dir() else folder.parent
+    config = _modern(_foreign.read_json(folder / CONFIG))
+    file = folder / WEIGHTS
+    tensors = _foreign.read_safetensors(file)
     kind = config["architecture"]
     if kind not in _KINDS:
-        raise ValueError(f"{folder} holds architecture {kind!r}; readable are {', '.join(_KINDS)}")
+        why = f": {_REFUSED[kind]}" if kind in _REFUSED else ""
+        raise ValueError(f"{folder} holds architecture {kind!r}{why}; readable are {', '.join(_KINDS)}")
     metadata = config["metadata"]
+    _one_head(config, metadata, folder)
     transcoder = "transcoder" in kind
     settings: dict[str, Any] = {
         **_KINDS[kind],
-        "d_in": config["d_in"],
-        "n_latents": config["d_sae"],
+        "d_in": _foreign.said(config, "d_in", folder / CONFIG),
+        "n_latents": _foreign.said(config, "d_sae", folder / CONFIG),
         "hook": metadata.get("hook_name") or "",
         "subtract_bias": bool(config.get("apply_b_dec_to_input", not transcoder)),
-        "normalisation": _named(config.get("normalize_activations", "none"), folder),
-        "dtype": config.get("dtype", "float32").removeprefix("torch."),
+        "normalisation": _named(config.get("normalize_activations") or "none", folder),
+        "dtype": (config.get("dtype") or "float32").removeprefix("torch."),
     }
     if transcoder:
         settings["target_hook"] = target_hook or metadata.get("hook_name_out") or ""
-        settings["d_out"] = config["d_out"]
-    if kind == "topk":
-        settings |= {"k": config["k"], "aux": "none"}
+        settings["d_out"] = _foreign.said(config, "d_out", folder / CONFIG)
+    if settings["architecture"] in ("topk", "batch_topk", "matryoshka"):
+        settings |= {"k": _foreign.said(config, "k", folder / CONFIG), "aux": "none" if kind == "topk" else "saelens"}
         settings["decoder"] = "rescaled" if config.get("rescale_acts_by_decoder_norm") else "free"
-    dictionary = build(settings, device=device)
+    if settings["architecture"] == "matryoshka":
+        settings["widths"] = _widths(config, folder)
     scaling = tensors.pop("scaling_factor", torch.ones(1))
     if not bool((scaling == 1).all()):
         raise ValueError(
-            f"{folder / WEIGHTS} has a scaling_factor from {float(scaling.min()):g} to {float(scaling.max()):g}: a "
+            f"{file} has a scaling_factor from {float(scaling.min()):g} to {float(scaling.max()):g}: a "
             f"dictionary fine-tuned by an old SAELens, whose latents are multiplied by it before decoding. Multiply "
             f"the rows of W_dec by it and leave it out"
         )
     if "log_threshold" in tensors:
         tensors["threshold"] = tensors.pop("log_threshold").exp()
-    own = dict(dictionary.named_parameters())
-    missing, extra = sorted(set(own) - set(tensors)), sorted(set(tensors) - set(own))
-    if missing or extra:
-        raise ValueError(
-            f"{folder / WEIGHTS} does not hold a {kind} dictionary: missing {missing or 'nothing'}, unknown "
-            f"{extra or 'nothing'}"
-        )
-    with torch.no_grad():
-        for name, parameter in own.items():
-            if tensors[name].shape != parameter.shape:
-                raise ValueError(
-                    f"{name} in {folder / WEIGHTS} is {tuple(tensors[name].shape)}, but cfg.json makes it "
-                    f"{tuple(parameter.shape)}{_turned(tensors[name], parameter)}"
-                )
-            parameter.copy_(tensors[name])
-    dictionary.metadata = {"format": "saelens", "saelens": config}
-    return dictionary
+    if "topk_threshold" in tensors:  # of a training checkpoint; 0 until the first step
+        threshold = tensors.pop("topk_threshold")
+        tensors["threshold"] = threshold if float(threshold) > 0 else torch.full_like(threshold, float("nan"))
+    if settings["normalisation"] == "mean_norm" and (scaler := _scaler(folder)) is not None:
+        tensors |= {"input_scale": scaler, "target_scale": scaler}
+    return Found(settings, tensors, {"format": "saelens", "saelens": config})
 
 
 def write(dictionary: Dictionary, folder: Path) -> None:
@@ -159,7 +160,10 @@ def _modern(config: dict[str, Any]) -> dict[str, Any]:
         return config
     new = dict(config)
     new.setdefault("architecture", "standard")
-    new["metadata"] = {"hook_name": config.get("hook_name") or config.get("hook_point")}
+    new["metadata"] = {
+        "hook_name": config.get("hook_name") or config.get("hook_point"),
+        "hook_head_index": config.get("hook_head_index", config.get("hook_point_head_index")),
+    }
     function = config.get("activation_fn_str") or config.get("activation_fn")
     if function == "topk":
         new["architecture"] = "topk"
@@ -177,23 +181,23 @@ def _named(name: str, folder: Path) -> str:
     return _NORMALISATION[name]
 
 
-def _turned(found: Tensor, expected: Tensor) -> str:
-    return "; it looks transposed" if found.ndim == 2 and found.T.shape == expected.shape else ""
+def _one_head(config: dict[str, Any], metadata: dict[str, Any], folder: Path) -> None:
+    for name in ("hook_head_index", "hook_head_index_out"):
+        index = metadata.get(name, config.get(name))
+        if index is not None:
+            raise ValueError(
+                f"{folder} is for head {index} alone ({name}); a Dictionary takes all heads of "
+                f"{metadata.get('hook_name')!r}"
+            )
 
 
-def _json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def _widths(config: dict[str, Any], folder: Path) -> list[int]:
+    widths = [int(width) for width in _foreign.said(config, "matryoshka_widths", folder / CONFIG)]
+    return widths if widths[-1] == config["d_sae"] else [*widths, int(config["d_sae"])]
 
 
-def _weights(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no {path}")
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+def _scaler(folder: Path) -> Tensor | None:
+    """The constant of a training checkpoint, which finished dictionaries have folded in."""
+    file = folder / SCALER
+    factor = _foreign.read_json(file).get("scaling_factor") if file.is_file() else None
+    return None if factor is None else torch.tensor(float(factor), dtype=torch.float64)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from interp.cache import capture
-from interp.dictionaries.vectors import SteeringVector
+from interp.dictionaries.vectors import SteeringLatent, SteeringVector
 from interp.hooks import Edit, editable
 from interp.hooks.names import probe_tokens
 
@@ -59,22 +59,35 @@ def make_edit(
             unit = v / v.norm(dim=-1, keepdim=True)
             along = (flat * unit).sum(-1, keepdim=True)
             change = (s - along) * unit if mode == "clamp" else -s * along * unit
-        if gate is not None:
-            change = change * _weights(gate, tensor).to(dtype)
-        new = flat + change
-        if keep_norm:
-            moved = (change != 0).any(-1, keepdim=True)
-            scaled = new * (flat.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-30))
-            new = torch.where(moved, scaled, flat)
-        return new.reshape(tensor.shape).to(tensor.dtype)
+        return apply_change(tensor, change, gate, keep_norm)
 
     return edit
+
+
+def apply_change(tensor: Tensor, change: Tensor, gate: Gate | None, keep_norm: bool) -> Tensor:
+    """The activation [batch, pos, *width] after a change [batch, pos, units], weighted and rescaled as asked for."""
+    flat = tensor.to(change.dtype).flatten(2)
+    if gate is not None:
+        change = change * _weights(gate, tensor).to(change.dtype)
+    new = flat + change
+    if keep_norm:
+        moved = (change != 0).any(-1, keepdim=True)
+        scaled = new * (flat.norm(dim=-1, keepdim=True) / new.norm(dim=-1, keepdim=True).clamp_min(1e-30))
+        new = torch.where(moved, scaled, flat)
+    return new.reshape(tensor.shape).to(tensor.dtype)
 
 
 def check_steering(bridge: Any, vector: SteeringVector, mode: Mode) -> None:
     """Raise, before any forward of the caller's, unless this vector can be steered along at its hook."""
     if mode not in get_args(Mode):
         raise ValueError(f"mode={mode!r}; expected 'add', 'clamp' (set the projection) or 'ablate' (take it away)")
+    if isinstance(vector, SteeringLatent):
+        if mode != "add":
+            raise ValueError(
+                f"mode={mode!r} of {vector.name!r} sets a latent, which steer and generate_steered do; for the "
+                "projection on its direction pass vector.plain()"
+            )
+        vector.require_one_length()
     if vector.hook.endswith(("hook_pattern", "hook_attn_scores")):
         raise ValueError(
             f"{vector.hook!r} is [batch, head, query, key]; steer hook_z, hook_q, hook_k or hook_v instead"

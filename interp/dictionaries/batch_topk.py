@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from interp.dictionaries.allocation import Active, per_batch
+from interp.dictionaries.allocation import Active
 from interp.dictionaries.topk import TopKSAE
 
 
@@ -49,17 +49,19 @@ class BatchTopKSAE(TopKSAE):
         return preactivations.relu() * (preactivations > self.threshold.to(preactivations.dtype))
 
     def choose(self, scores: Tensor) -> Active:
-        return per_batch(scores.relu(), int(self.k * len(scores)))
+        return self.peers.per_batch(scores.relu(), self.k)
 
     @torch.no_grad()
     def _after(self, values: Tensor, active: Active, n_tokens: int) -> None:
         if self.decoder == "rescaled":  # thresholds are in the units of latents
             values = values * self.W_dec.norm(dim=1)[active.latents]
         on = values > 0
-        if bool(on.any()):
-            self._update_threshold(values[on], active.latents[on])
+        self._update_threshold(values[on], active.latents[on])
 
     def _update_threshold(self, positive: Tensor, latents: Tensor) -> None:
-        lowest = positive.min().double()
+        none = torch.full((1,), float("inf"), dtype=torch.float64, device=positive.device)
+        lowest = self.peers.lowest(torch.cat([positive.double(), none]).min())
+        if not bool(lowest.isfinite()):
+            return
         first = bool(self.threshold.isnan())
         self.threshold.copy_(lowest if first else self.threshold + self.threshold_rate * (lowest - self.threshold))

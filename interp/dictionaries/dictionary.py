@@ -11,12 +11,15 @@ from __future__ import annotations
 import copy
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+
+from interp.dictionaries._parallel import ALONE, Peers
 
 D = TypeVar("D", bound="Dictionary")
 Normalisation = Literal["none", "mean_norm", "mean_square", "layer_norm", "constant_norm"]
@@ -66,6 +69,8 @@ class Dictionary(nn.Module, ABC):
     """
 
     architecture: ClassVar[str] = ""
+    needs_gradient: ClassVar[bool] = False  # whether `step` takes the gradient of the model's loss
+    peers: Peers = ALONE  # processes that have the rest of the batch that `step` is given
     W_enc: Tensor
     b_enc: Tensor
     W_dec: Tensor
@@ -179,6 +184,15 @@ class Dictionary(nn.Module, ABC):
             if per_token:
                 return out * self._spread(x) + (x.mean(-1, keepdim=True) if self.normalisation == "layer_norm" else 0)
         return out / self._scale(self.target_scale, out)
+
+    def directions(self, latents: Sequence[int] | None = None) -> Float[Tensor, "latent d_out"]:
+        """What one unit of each latent adds to the reconstruction; all of them by default.
+
+        In the units of the activations, times each token's spread where normalisation is undone token by token.
+        """
+        rows = self._rows()
+        rows = rows if latents is None else rows[torch.as_tensor(latents, dtype=torch.long, device=rows.device)]
+        return rows / self._scale(self.target_scale, rows)
 
     def estimate_normalisation(
         self, inputs: Float[Tensor, "token d_in"], targets: Float[Tensor, "token d_out"] | None = None

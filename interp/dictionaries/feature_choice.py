@@ -15,7 +15,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.dictionaries.allocation import Active, density_quotas, per_latent
+from interp.dictionaries.allocation import Active, density_quotas
 from interp.dictionaries.mutual_choice import MutualChoiceSAE, zipf_fit
 
 
@@ -51,11 +51,14 @@ class FeatureChoiceSAE(MutualChoiceSAE):
         self.shares.copy_(zipf_fit(density.double()))
 
     def choose(self, scores: Tensor) -> Active:
-        return per_latent(scores, self.quotas(len(scores)))
+        return self.peers.per_latent(scores, self.quotas(self.peers.size * len(scores)))
 
     @torch.no_grad()
     def _update_threshold(self, positive: Tensor, latents: Tensor) -> None:
         lowest = torch.full_like(self.threshold, float("inf")).scatter_reduce(0, latents, positive.double(), "amin")
+        lowest = self.peers.lowest(lowest)
+        if not bool(lowest.isfinite().any()):
+            return
         moved = self.threshold + self.threshold_rate * (lowest - self.threshold)
         moved = torch.where(self.threshold.isfinite(), moved, lowest)  # the first value it takes
         # a latent that has never been on stays off

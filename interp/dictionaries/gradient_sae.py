@@ -1,8 +1,11 @@
 """The gradient dictionary (g-SAE): latents are chosen by what they would do downstream as well as by their size.
 
 Scores are z + beta * z * |W_dec g|, with z the pre-activations and g the gradient of the language model's loss at the
-activation that is rebuilt: a first-order estimate of each latent's effect. What is rebuilt uses z. A training step
-costs a backward pass of the language model besides; at inference the k largest z are taken, as in TopK.
+activation that is rebuilt, in normalised units: a first-order estimate of what each latent does to the loss, in nats
+per unit. What is rebuilt uses z. Training costs a backward pass of the language model besides the forward
+(`LiveSource(..., gradient_of=hook)`); at inference the k largest z are taken, as in TopK. `beta` has to fit the size of
+the gradients: |W_dec g| of language models is far below 1, and a latent's score only changes once beta * |W_dec g| is
+not.
 
 Source: Olmo et al., Findings of NAACL 2025. Its tables and code were not at hand; the form is that of the summary, and
 it is tested on planted data, not against the paper.
@@ -24,6 +27,7 @@ class GradientSAE(TopKSAE):
     """TopK whose choice in training is weighted by `beta` times the effect on the loss; 0 is TopK itself."""
 
     architecture = "gradient"
+    needs_gradient = True
 
     def __init__(self, d_in: int, n_latents: int, *, beta: float | int = 1.0, **options: Any) -> None:
         if beta < 0:
@@ -40,7 +44,7 @@ class GradientSAE(TopKSAE):
         dead: Tensor | None = None,
         gradient: Float[Tensor, "token d_out"] | None = None,
     ) -> Step:
-        """As for TopK; `gradient` is that of the model's loss at the activations that are rebuilt."""
+        """As for TopK; `gradient` is that of the model's loss at the activations that are rebuilt, as they are."""
         self._refuse_coefficient(coefficient)
         if gradient is None:
             raise ValueError("a gradient dictionary is trained with the loss's gradient at each token: gradient=...")
@@ -53,7 +57,13 @@ class GradientSAE(TopKSAE):
             dense = self._dense(z)
             scores = self._scores(dense)
             if self.beta:
-                effect = (gradient.to(dense.dtype) @ self._rows().T).abs()
+                effect = (self._gradient_by_units(gradient.to(dense.dtype), inputs) @ self._rows().T).abs()
                 scores = scores + self.beta * scores * effect
             active = self.choose(scores)
         return self._sparse_step(z, target, dense, active, dead)
+
+    def _gradient_by_units(self, gradient: Tensor, inputs: Tensor) -> Tensor:
+        """The gradient with respect to the target in normalised units."""
+        if self.normalisation in ("layer_norm", "constant_norm"):
+            return gradient * self._spread(inputs.to(gradient.dtype))
+        return gradient / self._scale(self.target_scale, gradient)

@@ -109,7 +109,12 @@ class JumpReLUSAE(Dictionary):
             return l0.mean()
         if self.penalty == "quadratic":
             return 2 / self.target_l0 * (l0 - self.target_l0).square().mean()
-        return (l0.mean() / self.target_l0 - 1).square()
+        return (self.peers.mean_with_own_gradient(l0.mean()) / self.target_l0 - 1).square()
+
+    def highest_coefficient(self, error: float, target_l0: float) -> float | None:
+        """Where `target_l0` is steered to: what a latent costs when all that are wanted cost as much together as they
+        leave over, `error` per token. With three times as much, thresholds overshoot before they can be called back."""
+        return error / target_l0 if self.penalty in ("l0", "tanh") else None
 
     def learnable_share(self, inputs: Tensor) -> float:
         """Share of pre-activations within the kernel around their threshold: only these move it. Near 0, training is

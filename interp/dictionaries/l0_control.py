@@ -6,12 +6,20 @@ slowly. On the path the error is small, so that neither a coefficient that was f
 die, and it takes long to come back) nor one far too small (the correction piles up and overshoots) does lasting damage.
 The logarithm of the coefficient is the sum of a term in proportion to the error e = log(L0 / path) and of its integral,
 which is held while L0 is already moving towards the path fast enough.
+
+Thresholds (JumpReLU) move by at most the learning rate per step, however large the coefficient, and Adam remembers a
+gradient that was far too large for thousands of steps, in which they hardly move at all. There `highest` bounds the
+coefficient from above at every step, and by `RANGE` of it from below, where it has no effect any more: nothing piles up
+while L0 is on its way.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+
+RANGE = 1e-4
+"""Smallest coefficient, as a share of the highest that makes sense."""
 
 
 @dataclass
@@ -42,8 +50,8 @@ class L0Controller:
                 f"of 0 cannot be multiplied into anything else"
             )
 
-    def update(self, l0: float) -> float:
-        """The coefficient to use next, given the L0 of the last step."""
+    def update(self, l0: float, highest: float | None = None) -> float:
+        """The coefficient to use next, given the L0 of the last step and, if known, the highest that makes sense."""
         log_l0 = math.log(max(l0, 0.01 * self.target))  # a batch without latents: far below, not infinitely
         s = self.state
         if not s:
@@ -60,7 +68,10 @@ class L0Controller:
         if not (speed < wanted if error > 0 else speed > wanted):
             s["sum"] += self.integral * max(-1.5, min(1.5, error))
         held = self.proportional * (2 if error < 0 else 1) * max(-1.5, min(1.5, error))
-        self.coefficient = math.exp(max(-30.0, min(30.0, s["sum"] + held)))
+        top = 30.0 if highest is None else math.log(max(highest, 1e-12))
+        bottom = -30.0 if highest is None else top + math.log(RANGE)
+        s["sum"] = max(bottom, min(top, s["sum"]))
+        self.coefficient = math.exp(max(bottom, min(top, s["sum"] + held)))
         return self.coefficient
 
     def __str__(self) -> str:

@@ -65,14 +65,14 @@ class MutualChoiceSAE(BatchTopKSAE):
         scores = pre.relu() * weights[columns].to(pre.dtype)
         best = scores.detach().topk(min(self.k_aux, len(columns)), dim=1, sorted=False).indices
         rebuilt = torch.zeros_like(pre).scatter(1, best, scores.gather(1, best)) @ self.W_dec[columns]
-        spread = squared_error(residual, residual.mean(0))
+        spread = self.peers.spread(residual)
         return squared_error(rebuilt, residual) / spread.clamp(min=torch.finfo(spread.dtype).tiny)
 
     @torch.no_grad()
     def _after(self, values: Tensor, active: Active, n_tokens: int) -> None:
         super()._after(values, active, n_tokens)
         seen = torch.bincount(active.latents[values > 0], minlength=self.n_latents).double() / n_tokens
-        self.density.add_(self.density_rate * (seen - self.density))
+        self.density.add_(self.density_rate * (self.peers.mean(seen) - self.density))
 
 
 def zipf_fit(density: Float[Tensor, " latent"]) -> Float[Tensor, " latent"]:

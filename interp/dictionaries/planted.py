@@ -1,7 +1,8 @@
 """Activations with known features: what a dictionary should find is written down beforehand.
 
 x = sum_i f_i a_i d_i + noise, with unit directions d_i, independent firing f_i and amplitudes a_i. The default is the
-small planted problem on which SAELens' architectures were measured (see `experiments/bench/planted.py`).
+small planted problem on which SAELens' architectures were measured (see `experiments/bench/planted.py`). For
+transcoders, a sparse MLP whose units are known.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ class PlantedSource:
         amplitudes: Bounds of the uniform distribution of amplitudes.
         noise: Standard deviation of Gaussian noise on every coordinate.
         seed: Of the directions.
+        scales: Factors on the amplitudes of each feature; 1 for all by default.
+        sensitivities: Of a downstream loss, the sum over features of sensitivity * <direction, x>; batches then have
+            its gradient too, for gradient dictionaries. Features whose sensitivity is 0 are made orthogonal to the
+            others, so that the loss does not depend on them.
     """
 
     width: int = 64
@@ -37,8 +42,15 @@ class PlantedSource:
     noise: float = 0.0
     seed: int = 0
     hook: str = ""
+    scales: tuple[float, ...] | None = None
+    sensitivities: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
+        for name in ("scales", "sensitivities"):
+            if (values := getattr(self, name)) is not None and len(values) != self.n_features:
+                raise ValueError(
+                    f"{name} has {len(values)} values; expected one for each of {self.n_features} features"
+                )
         densities = self.density if isinstance(self.density, tuple) else (self.density,)
         if len(densities) not in (1, self.n_features) or not all(0 < p <= 1 for p in densities):
             raise ValueError(f"density must be one chance in (0, 1], or one for each of {self.n_features} features")
@@ -52,14 +64,31 @@ class PlantedSource:
         return [self.hook]
 
     @property
+    def gradient_of(self) -> str | None:
+        return None if self.sensitivities is None else self.hook
+
+    @property
     def features(self) -> Float[Tensor, "feature width"]:
         """The planted directions, of norm 1."""
-        rows = torch.randn(self.n_features, self.width, generator=_draws(self.seed, 0), dtype=torch.float64)
-        return (rows / rows.norm(dim=1, keepdim=True)).float()
+        rows = _unit_rows(self.n_features, self.width, self.seed, 0)
+        if self.sensitivities is None:
+            return rows
+        matter = torch.tensor(self.sensitivities) != 0
+        basis = torch.linalg.qr(rows[matter].double().T).Q  # [width, sensitive]
+        rest = rows.double() - rows.double() @ basis @ basis.T
+        return torch.where(matter[:, None], rows, (rest / rest.norm(dim=1, keepdim=True)).float())
 
     def describe(self) -> dict[str, Any]:
         density = list(self.density) if isinstance(self.density, tuple) else self.density
-        rest = {"width": self.width, "n_features": self.n_features, "noise": self.noise, "seed": self.seed}
+        rest: dict[str, Any] = {
+            "width": self.width,
+            "n_features": self.n_features,
+            "noise": self.noise,
+            "seed": self.seed,
+        }
+        for name in ("scales", "sensitivities"):
+            if (values := getattr(self, name)) is not None:
+                rest[name] = list(values)
         return {"kind": "planted", "density": density, "amplitudes": list(self.amplitudes), **rest}
 
     def sample(self, n: int, *, seed: int = 0, number: int = 0) -> tuple[Tensor, Tensor]:
@@ -69,14 +98,97 @@ class PlantedSource:
         fires = torch.rand(n, self.n_features, generator=draws) < density
         low, high = self.amplitudes
         strengths = fires * (low + (high - low) * torch.rand(n, self.n_features, generator=draws))
+        if self.scales is not None:
+            strengths = strengths * torch.tensor(self.scales)
         noise = self.noise * torch.randn(n, self.width, generator=draws) if self.noise else 0.0
         return strengths @ self.features + noise, strengths
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
         number = start
         while True:
-            yield {self.hook: self.sample(batch_size, seed=seed, number=number)[0]}
+            batch = {self.hook: self.sample(batch_size, seed=seed, number=number)[0]}
+            if self.sensitivities is not None:
+                batch["gradient"] = (torch.tensor(self.sensitivities) @ self.features).expand(batch_size, -1)
+            yield batch
             number += 1
+
+
+@dataclass(frozen=True)
+class PlantedMLP:
+    """Inputs and outputs of a sparse MLP with known units, for transcoders; the same for the same seeds.
+
+    y = relu(x W_in - threshold) W_out (+ x linear), x standard normal, columns of W_in and rows of W_out of norm 1.
+
+    Attributes:
+        width: Of inputs and outputs.
+        n_units: Hidden units.
+        density: Chance that a unit is on, which fixes the threshold.
+        linear: Root mean square gain of a planted linear map past the units; 0 for none.
+        seed: Of the weights.
+        hook, target_hook: Names of inputs and outputs.
+    """
+
+    width: int = 64
+    n_units: int = 128
+    density: float = 0.03
+    linear: float = 0.0
+    seed: int = 0
+    hook: str = "in"
+    target_hook: str = "out"
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density < 1 or self.linear < 0 or self.hook == self.target_hook:
+            raise ValueError(
+                f"density={self.density} must lie between 0 and 1, linear={self.linear} be at least 0, and the hooks "
+                f"{self.hook!r} and {self.target_hook!r} differ"
+            )
+
+    @property
+    def hooks(self) -> list[str]:
+        return [self.hook, self.target_hook]
+
+    @property
+    def threshold(self) -> float:
+        """What a unit's input must exceed: a quantile of the standard normal distribution."""
+        return float(torch.special.ndtri(torch.tensor(1 - self.density, dtype=torch.float64)))
+
+    @property
+    def W_in(self) -> Float[Tensor, "width unit"]:
+        """What each unit reads, a column of norm 1."""
+        return _unit_rows(self.n_units, self.width, self.seed, 0).T
+
+    @property
+    def W_out(self) -> Float[Tensor, "unit width"]:
+        """What each unit writes, a row of norm 1."""
+        return _unit_rows(self.n_units, self.width, self.seed, 1)
+
+    @property
+    def linear_map(self) -> Float[Tensor, "width_in width_out"]:
+        """The planted linear map: y has `x @ linear_map` in it."""
+        draws = torch.randn(self.width, self.width, generator=_draws(self.seed, 2), dtype=torch.float64)
+        return (self.linear * draws / self.width**0.5).float()
+
+    def describe(self) -> dict[str, Any]:
+        sizes = {"width": self.width, "n_units": self.n_units, "density": self.density}
+        return {"kind": "planted MLP", **sizes, "linear": self.linear, "seed": self.seed, "hooks": self.hooks}
+
+    def sample(self, n: int, *, seed: int = 0, number: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        """Inputs and outputs [n, width], and how strongly each unit was on, [n, n_units]."""
+        x = torch.randn(n, self.width, generator=_draws(self.seed, seed, number, 1))
+        on = (x @ self.W_in - self.threshold).relu()
+        return x, on @ self.W_out + x @ self.linear_map, on
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
+        number = start
+        while True:
+            x, y, _ = self.sample(batch_size, seed=seed, number=number)
+            yield {self.hook: x, self.target_hook: y}
+            number += 1
+
+
+def _unit_rows(n: int, width: int, *seeds: int) -> Tensor:
+    rows = torch.randn(n, width, generator=_draws(*seeds), dtype=torch.float64)
+    return (rows / rows.norm(dim=1, keepdim=True)).float()
 
 
 def recovery(found: Float[Tensor, "latent width"], true: Float[Tensor, "feature width"]) -> dict[str, float]:

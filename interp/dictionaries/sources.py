@@ -15,7 +15,9 @@ from jaxtyping import Int
 from torch import Tensor
 
 from interp.cache import ActivationStore, capture
-from interp.models import provenance
+from interp.hooks import hook_name, layer_of, no_retained_graph, reads, resolve, taps
+from interp.hooks.names import device_of
+from interp.models import provenance, require_eval
 
 
 @runtime_checkable
@@ -93,6 +95,10 @@ class LiveSource:
         names: Hooks that are read.
         texts_per_buffer: Activations of so many texts are mixed with each other.
         skip_first: Positions at the start of each text that are left out (BOS: 1).
+        gradient_of: A hook at which batches also have `"gradient"`, [token, width]: that of the text's next-token
+            losses, summed over its predictions, in nats. Costs a whole forward and a backward down to the hook. For
+            gradient dictionaries.
+        texts_per_backward: Texts whose graph is in memory at once.
     """
 
     bridge: Any
@@ -100,6 +106,8 @@ class LiveSource:
     names: tuple[str, ...]
     texts_per_buffer: int = 256
     skip_first: int = 1
+    gradient_of: str | None = None
+    texts_per_backward: int = 32
 
     def __post_init__(self) -> None:
         n, length = self.tokens.shape
@@ -108,6 +116,12 @@ class LiveSource:
                 f"skip_first={self.skip_first} of {length} positions, texts_per_buffer={self.texts_per_buffer}: "
                 f"nothing would be left to train on"
             )
+        if self.texts_per_backward < 1:
+            raise ValueError(f"texts_per_backward={self.texts_per_backward}; expected at least 1")
+        if self.gradient_of is not None:
+            if length < 2:
+                raise ValueError("texts of one token predict nothing: there is no gradient of a next-token loss")
+            _tap_of(self.bridge, self.gradient_of)  # raises for hooks that do not exist
 
     @property
     def hooks(self) -> list[str]:
@@ -123,6 +137,7 @@ class LiveSource:
             "sums": _checksum(self.tokens),
             "texts_per_buffer": self.texts_per_buffer,
             "skip_first": self.skip_first,
+            **({} if self.gradient_of is None else {"gradient_of": self.gradient_of}),
         }
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
@@ -137,13 +152,50 @@ class LiveSource:
         number = start // per_buffer  # buffers before the first one needed are not computed
         chosen = _shuffled_rows(n, texts, seed, number)
         while True:
-            found = capture(self.bridge, self.tokens[next(chosen)], list(self.names))
+            found = self._read(self.tokens[next(chosen)])
             flat = {name: value[:, self.skip_first :].flatten(0, 1).flatten(1) for name, value in found.items()}
             order = torch.randperm(texts * (length - self.skip_first), generator=_draws(seed, number, 1))
             for i in range(start % per_buffer if number == start // per_buffer else 0, per_buffer):
                 rows = order[i * batch_size : (i + 1) * batch_size]
                 yield {name: value[rows.to(value.device)].float() for name, value in flat.items()}
             number += 1
+
+    def _read(self, tokens: Tensor) -> dict[str, Tensor]:
+        """Activations [text, pos, ...] of some texts, and the gradient if it is wanted."""
+        if self.gradient_of is None:
+            return capture(self.bridge, tokens, list(self.names))
+        parts = [self._differentiated(some) for some in tokens.split(self.texts_per_backward)]
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _differentiated(self, tokens: Tensor) -> dict[str, Tensor]:
+        assert self.gradient_of is not None
+        require_eval(self.bridge)
+        tap, tokens = _tap_of(self.bridge, self.gradient_of), tokens.to(device_of(self.bridge))
+        with (
+            no_retained_graph(self.bridge),
+            torch.enable_grad(),
+            taps(self.bridge, tap) as tapped,
+            reads(self.bridge, list(self.names)) as found,
+        ):
+            log_probs = self.bridge(tokens)[:, :-1].float().log_softmax(-1)
+            loss = -log_probs.gather(-1, tokens[:, 1:, None]).sum()
+            (gradient,) = torch.autograd.grad(loss, tapped[tap], allow_unused=True)
+            if gradient is None:
+                raise ValueError(
+                    f"the loss does not depend on {self.gradient_of!r} of {self.bridge.cfg.model_name}: the model "
+                    f"computes past this hook, and there is no gradient at it"
+                )
+            return {**{name: found[name].detach() for name in self.names}, "gradient": gradient}
+
+
+def _tap_of(bridge: Any, name: str) -> str:
+    """The hook whose gradient is that of `name`."""
+    name = resolve(bridge, name)
+    if not name.endswith(".hook_resid_mid"):
+        return name
+    layer = layer_of(bridge, name)
+    assert layer is not None
+    return hook_name("attn_out", layer)  # on the stream's own path, where hook_resid_mid is on the MLP's branch
 
 
 def as_source(activations: Any, hook: str, target_hook: str | None) -> Source:
@@ -178,7 +230,7 @@ def _checksum(tensor: Tensor) -> list[float]:
     """Two sums that other numbers, or the same in another order, do not give."""
     flat = tensor.detach().reshape(-1)
     n = min(len(flat), 2**22)  # enough to tell data apart, and quick
-    part = flat[torch.linspace(0, len(flat) - 1, n, device=flat.device).long()].double().cpu()
+    part = flat[torch.linspace(0, len(flat) - 1, n, dtype=torch.float64, device=flat.device).long()].double().cpu()
     return [float(part.sum()), float((part * torch.arange(1, n + 1, dtype=torch.float64)).sum() / n)]
 
 

@@ -11,9 +11,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from interp.dictionaries._steering_edits import Gate, Mode, Positions, at_positions, check_steering, make_edit
-from interp.dictionaries.vectors import SteeringVector, separation
-from interp.hooks import Edit, generate, interventions
+from interp.dictionaries._steering_edits import Gate, Mode, Positions, at_positions, check_steering
+from interp.dictionaries.steering_latents import steering_edits
+from interp.dictionaries.vectors import SteeringLatent, SteeringVector, separation
+from interp.hooks import generate, interventions
 from interp.models import require_eval
 
 
@@ -33,8 +34,9 @@ def steer(
 
     With h the activation of a token, v the vector and u = v / |v|: `"add"` gives h + strength v; `"clamp"` gives
     h + (strength - u.h) u, so the projection on the direction is `strength`, in units of the activations; `"ablate"`
-    gives h - strength (u.h) u, so that 1 takes the direction out. Costs no forward of its own, but one over three
-    tokens when a hook is first used.
+    gives h - strength (u.h) u, so that 1 takes the direction out. Of a latent of a dictionary (`latent_vectors`) the
+    latter two set or scale down the latent itself. Costs no forward of its own, but one over three tokens when a hook
+    is first used.
 
     Args:
         strength: One number, or one per row of the batch: many strengths in one forward. A vector per row is what
@@ -55,10 +57,10 @@ def steer(
         coordinate as the knob of Minder et al. 2025 (ICLR); the gate as in weighted activation steering, whose
         released code trains the detector only. `keep_norm` is the rescaling option of Hojer et al. 2025 (ICLR).
     """
-    check_steering(bridge, vector, mode)
+    _check(bridge, vector, mode)
     _check_positions(positions, prompt_length)
-    edit = make_edit(vector.values, strength, mode, gate=gate, keep_norm=keep_norm)
-    with interventions(bridge, {vector.hook: at_positions(edit, positions, prompt_length)}):
+    edits = steering_edits(bridge, vector, strength, mode, gate=gate, keep_norm=keep_norm)
+    with interventions(bridge, {hook: at_positions(edit, positions, prompt_length) for hook, edit in edits.items()}):
         yield
 
 
@@ -89,7 +91,7 @@ def generate_steered(
         As `steer` and `interp.hooks.generate`, before any forward.
     """
     require_eval(bridge)
-    check_steering(bridge, vector, mode)
+    _check(bridge, vector, mode)
     levels = [float(strengths)] if isinstance(strengths, (int, float)) else [float(level) for level in strengths]
     if not levels:
         raise ValueError("strengths is empty; give at least one")
@@ -97,7 +99,7 @@ def generate_steered(
     row_strengths = torch.tensor(levels).repeat_interleave(n)
     if isinstance(gate, Tensor):
         gate = gate.repeat(len(levels))
-    edits: Mapping[str, Edit] = {vector.hook: make_edit(vector.values, row_strengths, mode, gate=gate)}
+    edits = steering_edits(bridge, vector, row_strengths, mode, gate=gate, keep_norm=False)
     written = generate(
         bridge, tokens.repeat(len(levels), 1), n_tokens, edits=edits, positions=positions, temperature=temperature,
         top_k=top_k, top_p=top_p, seed=seed,
@@ -158,8 +160,18 @@ class Knob:
         if isinstance(to, str) and to not in self.settings:
             raise ValueError(f"no setting {to!r}; the knob has {', '.join(map(repr, self.settings))}, or give a number")
         value = self.settings[to] if isinstance(to, str) else float(to)
-        with steer(bridge, self.vector, value, mode="clamp", positions=positions, gate=gate):
+        # settings are projections, also where the direction is that of a latent
+        vector = self.vector.plain() if isinstance(self.vector, SteeringLatent) else self.vector
+        with steer(bridge, vector, value, mode="clamp", positions=positions, gate=gate):
             yield
+
+
+def _check(bridge: Any, vector: SteeringVector, mode: Mode) -> None:
+    """Latents that are set need not be projected on, and their hooks are checked with the dictionary."""
+    if isinstance(vector, SteeringLatent) and mode in ("clamp", "ablate"):
+        check_steering(bridge, vector.plain(), mode)
+    else:
+        check_steering(bridge, vector, mode)
 
 
 def _check_positions(positions: Positions, prompt_length: int | None) -> None:

@@ -135,6 +135,6 @@ class TopKSAE(Dictionary):
         rebuilt = torch.zeros_like(pre).scatter(1, best, values) @ self.W_dec[columns]
         error = squared_error(rebuilt, residual)
         if self.aux == "openai":
-            spread = squared_error(residual, residual.mean(0))
+            spread = self.peers.spread(residual)
             return error / spread if float(spread) > 0 else error * 0
         return error * min(len(columns) / self.k_aux, 1.0)

@@ -4,6 +4,12 @@ A run with a path keeps `state.safetensors` (weights, Adam's moments, counts, co
 as a whole; killed at any moment, it goes on from the last one and ends with the same bits as if it had not been. At the
 end `dictionary.safetensors` is written (see `load_dictionary`), normalising constants beside the weights. The same
 bits are promised on a CPU; sums on a GPU are not in a fixed order.
+
+Under `torchrun` the processes share every batch and end with what one would have, up to the order of sums: each has an
+equal part of the tokens of `batch_size`, gradients and statistics are averaged, budgets that belong to a batch are
+spent over all of it, a live model runs on each process's share of the texts, and the first process writes the files.
+All call `train` with the same arguments; `paths` are on a disk that all of them see. (`accelerate launch` starts a
+single process where it finds no GPU; `torchrun --nproc-per-node N` starts N.)
 """
 
 from __future__ import annotations
@@ -18,6 +24,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from interp.dictionaries._parallel import Peers, local_device, peers_for, shared_source
 from interp.dictionaries._run import Run
 from interp.dictionaries.architectures import build
 from interp.dictionaries.dictionary import Dictionary
@@ -74,10 +81,11 @@ def train_many(
     They must agree on `batch_size`, `n_steps` and `seed`, which make the batches, and the source must give all their
     hooks. See `train`.
     """
-    runs, source = _prepare(configs, activations, paths, resume, device)
+    runs, source, peers = _prepare(configs, activations, paths, resume, device)
     first = configs[0]
     start = min(run.step for run in runs)
-    bar = tqdm(total=first.n_steps, initial=start, desc="training", unit="step", disable=None if progress else True)
+    shown = None if progress and peers.first else True
+    bar = tqdm(total=first.n_steps, initial=start, desc="training", unit="step", disable=shown)
     with bar:
         batches = source.batches(first.batch_size, seed=first.seed, start=start)
         for step in range(start, first.n_steps):
@@ -89,6 +97,7 @@ def train_many(
             bar.update()
     for run in runs:
         run.finish()
+    peers.wait()  # until the results are on disk
     return [run.dictionary for run in runs]
 
 
@@ -125,7 +134,7 @@ def dry_run(
     many = [configs] if isinstance(configs, TrainingConfig) else list(configs)
     if steps < 1:
         raise ValueError(f"steps={steps}; expected at least 1")
-    runs, source = _prepare(many, activations, None, False, device)
+    runs, source, _ = _prepare(many, activations, None, False, device)
     batches = source.batches(many[0].batch_size, seed=many[0].seed)
     began = 0.0
     for i in range(steps + 1):
@@ -160,7 +169,7 @@ def _prepare(
     paths: Sequence[str | Path | None] | None,
     resume: bool,
     device: str | torch.device | None,
-) -> tuple[list[Run], Source]:
+) -> tuple[list[Run], Source, Peers]:
     if not configs:
         raise ValueError("no configurations: nothing to train")
     first = configs[0]
@@ -183,7 +192,10 @@ def _prepare(
     source = sources[0] if len(sources) == 1 else _joined(sources, activations)
     example = next(iter(source.batches(first.batch_size, seed=first.seed)))
     size = {name: tensor.shape[1] for name, tensor in example.items()}
-    device = next(iter(example.values())).device if device is None else device
+    device = next(iter(example.values())).device if device is None else local_device(device)
+    assert device is not None
+    peers = peers_for(device, first.batch_size)
+    source = shared_source(source, peers)
     runs = []
     for config, folder in zip(configs, folders, strict=True):
         settings = dict(config.dictionary)
@@ -192,8 +204,23 @@ def _prepare(
         if target is not None:
             settings = _sized(settings, "d_out", size[target])
         dictionary = build(settings, device=device)
-        runs.append(Run(replace(config, dictionary=settings), dictionary, source, folder, resume=resume))
-    return runs, source
+        if dictionary.needs_gradient:
+            _check_gradient(dictionary, source)
+        settled = replace(config, dictionary=settings)
+        runs.append(Run(settled, dictionary, source, folder, resume=resume, peers=peers))
+    return runs, source, peers
+
+
+def _check_gradient(dictionary: Dictionary, source: Source) -> None:
+    place = dictionary.hook if dictionary.target_hook is None else dictionary.target_hook
+    given = getattr(source, "gradient_of", None)
+    if given != place:
+        found = "activations alone" if given is None else f"that at {given!r}"
+        raise ValueError(
+            f"a {dictionary.architecture} dictionary is trained with the gradient of the model's loss at {place!r}, "
+            f"and this {type(source).__name__} gives {found}; run the model while training: "
+            f"LiveSource(bridge, tokens, names, gradient_of={place!r})"
+        )
 
 
 def _joined(sources: list[Source], activations: Any) -> Source:

@@ -24,7 +24,8 @@ class TrainingConfig:
         clip: Largest norm of the gradient of all parameters; None for none.
         sparsity_warmup_steps: Steps over which the sparsity coefficient rises linearly from 0.
         target_l0: Steer the coefficient to this many active latents per token; None keeps it as it is.
-        dead_after: Tokens without firing after which a latent counts as dead; None for 1,000 steps' worth.
+        dead_after: Tokens without firing after which a latent counts as dead; None for a fiftieth of the steps' worth,
+            from 10 to 1,000 steps: a latent found dead late in a run has no time left to be revived.
         resample_every: Steps between replacing dead latents by poorly rebuilt inputs, in the first half of training;
             None for never. For architectures without an auxiliary loss.
         bias_start: First value of an autoencoder's `b_dec`: zero, the mean, or the geometric median of the first batch.
@@ -79,7 +80,7 @@ class TrainingConfig:
 
     @property
     def dead_tokens(self) -> int:
-        return self.dead_after or 1000 * self.batch_size
+        return self.dead_after or self.batch_size * min(1000, max(10, self.n_steps // 50))
 
     def rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0."""

@@ -55,6 +55,44 @@ class SteeringVector:
         return replace(self, values=-self.values, name=f"-{self.name}")
 
 
+@dataclass(frozen=True, eq=False)
+class SteeringLatent(SteeringVector):
+    """A latent of a dictionary, to steer by: see `latent_vectors`.
+
+    `values` is what one unit of the latent adds at `hook`, the hook that the dictionary rebuilds (with
+    `normalisation="layer_norm"` or `"constant_norm"`: times the spread of each token). Where a vector is added, that is
+    what it is. In `steer` and `generate_steered` the other modes act on the latent, as the dictionary encodes it in
+    that very forward: `"clamp"` sets it to `strength`, `"ablate"` takes `strength` times its value away.
+
+    Attributes:
+        dictionary: Whose latent it is.
+        latent: Its number.
+    """
+
+    dictionary: Any = field(kw_only=True)
+    latent: int = field(kw_only=True)
+
+    def plain(self) -> SteeringVector:
+        """The direction alone."""
+        return SteeringVector(self.values, self.hook, self.name, self.kind, self.info)
+
+    def unit(self) -> SteeringVector:
+        """The direction alone, with length 1: no unit of the latent any more."""
+        return self.plain().unit()
+
+    def reversed(self) -> SteeringVector:
+        """The opposite direction, which is no latent."""
+        return self.plain().reversed()
+
+    def require_one_length(self) -> None:
+        """Raise where a unit of the latent adds a vector of another length at every token."""
+        if self.dictionary.normalisation in ("layer_norm", "constant_norm"):
+            raise ValueError(
+                f"a unit of {self.name!r} adds a vector of another length at every token, since normalisation "
+                f"{self.dictionary.normalisation!r} is undone token by token; add vector.plain(), or clamp the latent"
+            )
+
+
 def through_w_out(bridge: Any, vector: SteeringVector) -> SteeringVector:
     """What adding a vector to the neurons of a layer adds to the MLP's output: the vector times W_out.
 

@@ -6,7 +6,9 @@ import functools
 import hashlib
 import platform
 import weakref
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +149,19 @@ def fingerprint(bridge: Any) -> int:
             for parameter in bridge.original_model.parameters()
         )
     )
+
+
+@contextmanager
+def weights_put_back(bridge: Any) -> Iterator[None]:
+    """For a change of parameters in place that is undone, bit for bit, before the context is left: afterwards the model
+    counts as what was loaded again. Inside, its provenance says that it is not."""
+    source = source_of(bridge)
+    as_loaded = source is not None and fingerprint(bridge) == source.fingerprint
+    try:
+        yield
+    finally:
+        if source is not None and as_loaded:
+            bridge.__dict__["_interp_source"] = replace(source, fingerprint=fingerprint(bridge))
 
 
 @functools.cache

@@ -12,14 +12,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from interp import hooks
+from interp.hooks import SITE_HOOKS
 from interp.patching._cells import Cells
 from interp.patching._resume import Reader
 from interp.patching._sites import canonical
 from interp.patching.rules import Rules, backward_rules
 from interp.types import Site
 
-Key: TypeAlias = tuple[Site, int]
-"""A site and a layer."""
+Key: TypeAlias = tuple[str, int]
+"""A site and a layer; or the name of a hook that is no site, and its layer."""
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,19 @@ class Runner:
     device: torch.device
 
     @torch.no_grad()
-    def plain(self, tokens: Int[Tensor, "row pos"], rows: Tensor, keys: Sequence[Key] | None = None) -> Graph:
+    def plain(
+        self,
+        tokens: Int[Tensor, "row pos"],
+        rows: Tensor,
+        keys: Sequence[Key] | None = None,
+        extra: Sequence[str] = (),
+    ) -> Graph:
         """Without a graph and without rules: activations of `keys` (all by default), logits and scores."""
-        names = {key: hooks.hook_name(*key) for key in (self.keys if keys is None else keys)}
-        with hooks.reads(self.bridge, list(names.values())) as found:
+        names = {key: key_name(key) for key in (self.keys if keys is None else keys)}
+        with hooks.reads(self.bridge, list(names.values())) as found, hooks.reads(self.bridge, extra) as also:
             logits = self._logits(tokens.to(self.device), rows)
-        return Graph({}, {key: found[name] for key, name in names.items()}, logits, self._score(logits, rows))
+        values = {key: found[name] for key, name in names.items()}
+        return Graph({}, values, logits, self._score(logits, rows), dict(also))
 
     def graph(
         self,
@@ -127,7 +135,7 @@ class Runner:
             def enter(
                 to: Callable[..., Any], sink: dict[Key, Tensor], keys: Iterable[Key], site: Site | None = None
             ) -> None:
-                names = {key: hooks.hook_name(site or key[0], key[1]) for key in keys}
+                names = {key: key_name((site or key[0], key[1])) for key in keys}
                 found = stack.enter_context(to(self.bridge, list(names.values())))
                 filled.append((sink, names, found))
 
@@ -141,6 +149,11 @@ class Runner:
             yield taps, reads
             for sink, names, found in filled:
                 sink.update({key: found[name] for key, name in names.items()})
+
+
+def key_name(key: Key) -> str:
+    """The hook of a key."""
+    return SITE_HOOKS[key[0]].format(layer=key[1]) if key[0] in SITE_HOOKS else key[0]
 
 
 def metric_name(metric: Any) -> str:

@@ -70,8 +70,8 @@ def cells(
         raise ValueError(f"neurons= is for site='neuron' with the axis 'neuron'; here site={site!r} and axes={axes}")
     if axis in axes:
         everything = range(n_units(site, geometry))
-        units = torch.tensor(_indices("neurons", neurons, len(everything)))
-    return Cells(axes, tuple(_indices("layers", layers, geometry.n_layers)), spots, labels, tokens, units)
+        units = torch.tensor(indices("neurons", neurons, len(everything)))
+    return Cells(axes, tuple(indices("layers", layers, geometry.n_layers)), spots, labels, tokens, units)
 
 
 def _axes(site: Site, geometry: Any, axes: Sequence[str] | None) -> tuple[str, ...]:
@@ -129,7 +129,8 @@ def _token(prompts: Any, index: Tensor, position: str | int) -> str:
     return f"<{'/'.join(roles)}>" if roles else f"<{position}>"
 
 
-def _indices(name: str, given: Sequence[int] | None, size: int) -> list[int]:
+def indices(name: str, given: Sequence[int] | None, size: int) -> list[int]:
+    """The indices asked for, all of `size` for None; checked."""
     if given is None:
         return list(range(size))
     chosen = [int(index) for index in given]
@@ -138,3 +139,9 @@ def _indices(name: str, given: Sequence[int] | None, size: int) -> list[int]:
         what = f"{wrong} do not exist" if wrong else "must name at least one, and none twice"
         raise ValueError(f"{name}={chosen}: {what}; expected indices from 0 to {size - 1}")
     return chosen
+
+
+def window_of(layer: int, size: int, n_layers: int) -> tuple[int, ...]:
+    """The `size` layers from `layer - size // 2` on, as far as they exist."""
+    start = layer - size // 2
+    return tuple(range(max(0, start), min(n_layers, start + size)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -112,7 +112,7 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
             new = plan.replacement(rows, base.site)
             changes = {layer: (new[layer] != base.site[layer]).any(-1).cpu() for layer in plan.layers}
             for w, window in plan.patched:
-                enter = _entry(plan.site, window, base, n_layers)
+                enter = _entry(plan.site, window, base.additive, n_layers)
                 starts = _first_changed(
                     plan, reader, rows, [changes[layer] for layer in window], n_layers - 1 == window[0]
                 )
@@ -130,14 +130,22 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
 
 def _run_base(bridge: Any, plan: Plan, rows: Tensor, split: Split) -> Base:
     """One forward of these rows that keeps the streams, the site, and where suffixes can be run on, keys and values."""
+    sites = {layer: hooks.hook_name(plan.site, layer) for layer in plan.layers}
+    resid, found, cache, additive = run_base(bridge, plan, rows, split, list(sites.values()))
+    return Base(resid, {layer: canonical(plan.site, found[name]) for layer, name in sites.items()}, cache, additive)
+
+
+def run_base(
+    bridge: Any, plan: Plan, rows: Tensor, split: Split, names: Sequence[str]
+) -> tuple[dict[int, Tensor], dict[str, Tensor], hooks.PrefixCache | None, frozenset[int]]:
+    """That forward: streams by layer, the hooks of these names, keys and values, layers whose outputs only add up."""
     n_layers, device = split.geometry.n_layers, split.device
     first = plan.layers[0]
     streams = {layer: hooks.hook_name("resid_pre", layer) for layer in range(first, n_layers)}
-    sites = {layer: hooks.hook_name(plan.site, layer) for layer in plan.layers}
     parts = {
         layer: [hooks.hook_name(part, layer) for part in ("attn_out", "mlp_out")] for layer in _may_add(plan, split)
     }
-    wanted = {*streams.values(), *sites.values(), *(name for pair in parts.values() for name in pair)}
+    wanted = {*streams.values(), *names, *(name for pair in parts.values() for name in pair)}
     embeddings: dict[str, hooks.Edit] = {}
     if plan.noise is not None:
         noise = plan.noise(rows).to(device)
@@ -152,10 +160,10 @@ def _run_base(bridge: Any, plan: Plan, rows: Tensor, split: Split) -> Base:
     resid = {layer: found[name] for layer, name in streams.items()}
     additive = frozenset(
         layer
-        for layer, names in parts.items()
-        if torch.allclose(resid[layer] + found[names[0]] + found[names[1]], resid[layer + 1], rtol=1e-4, atol=1e-4)
+        for layer, (attn, mlp) in parts.items()
+        if torch.allclose(resid[layer] + found[attn] + found[mlp], resid[layer + 1], rtol=1e-4, atol=1e-4)
     )
-    return Base(resid, {layer: canonical(plan.site, found[name]) for layer, name in sites.items()}, cache, additive)
+    return resid, found, cache, additive
 
 
 def _may_add(plan: Plan, split: Split) -> list[int]:
@@ -169,9 +177,9 @@ def _may_add(plan: Plan, split: Split) -> list[int]:
     return [layer for _, (layer, *others) in plan.patched if not others and layer + 1 < split.geometry.n_layers]
 
 
-def _entry(site: Site, window: tuple[int, ...], base: Base, n_layers: int) -> int:
+def _entry(site: Site | None, window: tuple[int, ...], additive: frozenset[int], n_layers: int) -> int:
     """The block from which a patched run is computed."""
-    skips = len(window) == 1 and window[0] + 1 < n_layers and (site == "resid_post" or window[0] in base.additive)
+    skips = len(window) == 1 and window[0] + 1 < n_layers and (site == "resid_post" or window[0] in additive)
     return window[0] + 1 if skips else window[0]
 
 
@@ -183,13 +191,20 @@ def _first_changed(
     The number of positions where it changes nothing.
     """
     changed = torch.stack(changes).any(0)
+    changed = changed.any(-1, keepdim=True) if plan.units is None else changed[..., plan.units]
+    return first_changed(plan, reader, rows, changed, last_block)
+
+
+def first_changed(
+    plan: Plan, reader: Reader, rows: Tensor, changed: Bool[Tensor, "row pos unit"], last_block: bool
+) -> Int[Tensor, "spot unit row"]:
+    """As above, from what each unit of the result changes."""
     n_pos = changed.shape[1]
     position = torch.arange(n_pos)
     if reader.read is not None:
         read = reader.read_of(rows)[:, None]
         seen = position == read if last_block and plan.site in _LOCAL else position <= read
         changed = changed & seen[..., None]
-    changed = changed.any(-1, keepdim=True) if plan.units is None else changed[..., plan.units]
     starts = []
     for spot in plan.spots[:, rows]:
         here = changed & spot[..., None]

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 from interp import hooks
 from interp.patching._batches import Batch
 from interp.patching._engine import Base, _first_changed, _run_base
+from interp.patching._latent_sweep import LatentPlan, patch_latent_sets
 from interp.patching._rerun import Rerun
 from interp.patching._resume import Resume
 from interp.patching._sites import canonical, original, width
@@ -24,6 +25,8 @@ def patch_sets(
 ) -> tuple[Float[Tensor, "set example"], float]:
     """Joint effect of each set on each example, averaged over draws; and the forwards of all examples it took."""
     plan, reader, split = again.plan, again.reader, again.split
+    if isinstance(plan, LatentPlan):
+        return patch_latent_sets(bridge, plan, reader, split, sets)
     n_rows, n_pos = plan.tokens.shape
     n_layers = split.geometry.n_layers
     first, ran = plan.layers[0], 0

@@ -77,7 +77,7 @@ def effects_of(
     swept: Swept,
     intact: Tensor,
     *,
-    site: Site,
+    site: str,
     direction: Direction,
     value: Value,
     settings: dict[str, Any],
@@ -120,3 +120,11 @@ def gaussian_rows(rows: Int[Tensor, "row"], n_pos: int, d_model: int, seed: int)
     return torch.stack(
         [torch.randn(n_pos, d_model, generator=generator.manual_seed(seed * 1_000_003 + row)) for row in rows.tolist()]
     )
+
+
+def derangement(n: int, generator: torch.Generator) -> Tensor:
+    """A random order of `n` things in which nothing keeps its place."""
+    while True:
+        order = torch.randperm(n, generator=generator)
+        if not (order == torch.arange(n)).any():  # true of a share 1/e of all orders
+            return order

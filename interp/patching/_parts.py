@@ -41,11 +41,11 @@ class Norm:
     module: Any
     query_key: bool
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """The norm with a constant denominator: linear in `x`, apart from its bias."""
+    def __call__(self, x: Tensor, *, differentiable: bool = False) -> Tensor:
+        """The norm with a constant denominator, unless asked otherwise: linear in `x`, apart from its bias."""
         raw, wide = self.module.original_component, _wide(x)
         centred = wide if self.module.uses_rms_norm else wide - wide.mean(-1, keepdim=True)
-        scale = (centred.detach().pow(2).mean(-1, keepdim=True) + self._eps()).rsqrt()
+        scale = ((centred if differentiable else centred.detach()).pow(2).mean(-1, keepdim=True) + self._eps()).rsqrt()
         weight, bias = getattr(raw, "weight", None), getattr(raw, "bias", None)
         if weight is not None:
             weight = _wide(weight.detach())

@@ -22,11 +22,13 @@ from interp.patching._atp_star import (
 from interp.patching._backward import Graph, Key, Runner, by_cell, by_unit, wide
 from interp.patching._batches import Split
 from interp.patching._cells import Cells
+from interp.patching._latent_sites import Change, LatentSite
 from interp.patching._sites import width
 from interp.patching.rules import Rules
-from interp.types import Site
+from interp.types import SITES, Site
 
 START: Key = ("resid_pre", 0)
+LATENTS = "latents"  # with the place of a dictionary, a key of means
 _CPU_TOKENS = 4096  # a CPU gains nothing from larger batches
 
 
@@ -35,7 +37,7 @@ class Scores:
     """What the passes found, on the CPU.
 
     Attributes:
-        values: Scores of cells, by site.
+        values: Scores of cells, by site; for a dictionary those of its error are the last unit.
         base: The metric of the run that is patched.
         other: The metric of the other run.
         inputs: Scores at the stream entering block 0, summed over positions.
@@ -43,7 +45,7 @@ class Scores:
         spread: Standard deviation of the logits.
     """
 
-    values: dict[Site, Float[Tensor, "layer spot unit example"]]
+    values: dict[Any, Float[Tensor, "layer spot unit example"]]
     base: Float[Tensor, "example"]
     other: Float[Tensor, "example"]
     inputs: Float[Tensor, "example"]
@@ -64,6 +66,7 @@ class Passes:
         line: Points and weights of integrated gradients, None for one-shot methods.
         qk_fix: The sites, of q and k, whose saturation is repaired.
         grad_drop: Whether layers are dropped from the backward pass one at a time.
+        latents: Dictionaries in their places, with the cells of each.
     """
 
     bridge: Any
@@ -76,6 +79,7 @@ class Passes:
     line: tuple[list[float], list[float]] | None
     qk_fix: tuple[Site, ...]
     grad_drop: bool
+    latents: tuple[tuple[LatentSite, Cells], ...] = ()
 
     @property
     def keys(self) -> tuple[Key, ...]:
@@ -83,7 +87,13 @@ class Passes:
         wanted: dict[Key, None] = {(site, layer): None for site, where in self.where.items() for layer in where.layers}
         for site in self.qk_fix:
             wanted.update({("pattern", layer): None for layer in self.where[site].layers})
+        wanted.update({place.key: None for place, _ in self.latents})
         return tuple({START: None, **wanted})
+
+    @property
+    def inputs(self) -> list[str]:
+        """What the dictionaries read."""
+        return sorted({place.hook for place, _ in self.latents})
 
     @property
     def cost(self) -> dict[str, int]:
@@ -97,7 +107,8 @@ class Passes:
         g, n_pos, item = self.split.geometry, self.base.shape[1], self.split.item
         block = 14 * g.d_model + 8 * g.d_mlp + 8 * g.n_heads * g.d_head + 6 * g.n_heads * n_pos
         block *= g.n_layers * (1 if self.rules == Rules() else 2)
-        kept = 4 * sum(width(site, g, n_pos) for site, _ in self.keys)
+        kept = 4 * sum(width(site, g, n_pos) for site, _ in self.keys if site in SITES)  # type: ignore[arg-type]
+        kept += sum(6 * int(place.dictionary.n_latents) + 8 * place.width for place, _ in self.latents)
         kept += len(self.qk_fix) * 4 * g.n_layers * g.n_heads * n_pos  # scores; temporaries in float64 are of one layer
         fix = 80 * g.n_heads * n_pos * n_pos if self.qk_fix else 0
         n_logits = n_pos if self.split.reader.read is None else 1
@@ -127,10 +138,10 @@ class Passes:
     def run(self, done: Callable[[int], Any]) -> Scores:
         """Everything; `done` is told how many examples were finished."""
         n = len(self.base)
-        shapes: dict[Site, tuple[int, ...]] = {
-            site: (len(w.layers), len(w.spots), 1 if w.units is None else len(w.units), n)
-            for site, w in self.where.items()
+        shapes: dict[Any, tuple[int, ...]] = {
+            site: (len(w.layers), len(w.spots), _n_units(w), n) for site, w in self.where.items()
         }
+        shapes |= {place.dictionary: (1, len(w.spots), _n_units(w) + 1, n) for place, w in self.latents}
         dtype = torch.promote_types(next(iter(self.bridge.original_model.parameters())).dtype, torch.float32)
         one = partial(torch.zeros, dtype=dtype)
         scores = Scores({site: one(shape) for site, shape in shapes.items()}, *(one(n) for _ in range(5)))
@@ -146,27 +157,30 @@ class Passes:
         """Means over examples of the other run, and its metric."""
         totals: dict[Key, Tensor] = {}
         for rows in chunks:
-            other = runner.plain(self.other[rows], rows)
+            other = runner.plain(self.other[rows], rows, extra=self.inputs)
             scores.other[rows] = other.scores.to(scores.other)
-            for key, tensor in other.values.items():
+            latents = {(LATENTS, i): p.encode(other.extra[p.hook]) for i, (p, _) in enumerate(self.latents)}
+            for key, tensor in (other.values | latents).items():
                 totals[key] = totals.get(key, 0) + wide(tensor).sum(0)
         return {key: total / len(self.other) for key, total in totals.items()}
 
     def _chunk(self, runner: Runner, rows: Tensor, at_once: int, means: dict[Key, Tensor], scores: Scores) -> None:
         other: Graph | None = None
         if self.value != "mean":
-            other = runner.plain(self.other[rows], rows, self.keys if self.value == "swap" else ())
+            wanted = (self.keys, self.inputs) if self.value == "swap" else ((), ())
+            other = runner.plain(self.other[rows], rows, *wanted)
             scores.other[rows] = other.scores.to(scores.other)
         drops = Drops(self.bridge)
         if self.line is None:
-            extra = sorted({scores_name(layer) for site in self.qk_fix for layer in self.where[site].layers})
+            extra = {scores_name(layer) for site in self.qk_fix for layer in self.where[site].layers}
+            extra = sorted(extra | set(self.inputs))
             base = runner.graph(self.base[rows], rows, drops.attached() if self.grad_drop else None, extra)
             gradient, at_logits = base.gradients(keep=self.grad_drop)
             scores.slope[rows] = wide(at_logits).abs().flatten(1).sum(1).to(scores.slope)
             scores.spread[rows] = wide(base.logits.detach()).flatten(1).std(1).to(scores.spread)
         else:
             assert other is not None
-            base = runner.plain(self.base[rows], rows)
+            base = runner.plain(self.base[rows], rows, extra=self.inputs)
             gradient = self._along(runner, rows, base.values[START], other.values[START], at_once)
         scores.base[rows] = base.scores.detach().to(scores.base)
 
@@ -179,25 +193,27 @@ class Passes:
             return wide(new(key)) - wide(base.values[key])
 
         fixed = self._fixed(base, new, rows) if self.qk_fix else {}
+        changes = list(self._latent_changes(base, other, means))
         scores.inputs[rows] = by_unit("resid_pre", change(START), gradient[START]).sum((1, 2)).to(scores.inputs)
         if not self.grad_drop:
-            for site, layer, found in self._cells(change, gradient, fixed, rows):
+            for site, layer, found in self._cells(change, changes, gradient, fixed, rows):
                 scores.values[site][layer, ..., rows] = found.to(scores.values[site])
             return
         n_layers = self.split.geometry.n_layers
         for dropped in range(n_layers):
             drops.layer = dropped
             gradient, _ = base.gradients(keep=dropped + 1 < n_layers)
-            for site, layer, found in self._cells(change, gradient, fixed, rows):
+            for site, layer, found in self._cells(change, changes, gradient, fixed, rows):
                 scores.values[site][layer, ..., rows] += found.abs().to(scores.values[site]) / (n_layers - 1)
 
     def _cells(
         self,
         change: Callable[[Key], Tensor],
+        changes: list[Change],
         gradient: dict[Key, Tensor],
         fixed: dict[Key, Callable[[Tensor], Tensor]],
         rows: Tensor,
-    ) -> Iterator[tuple[Site, int, Float[Tensor, "spot unit row"]]]:
+    ) -> Iterator[tuple[Any, int, Float[Tensor, "spot unit row"]]]:
         """Scores of every site, and of each of its layers by place in the result."""
         for site, where in self.where.items():
             for index, layer in enumerate(where.layers):
@@ -207,6 +223,21 @@ class Passes:
                 else:
                     units = by_unit(site, change(key), gradient[key])
                 yield site, index, by_cell(units, where, rows)
+        for (place, where), moved in zip(self.latents, changes, strict=True):
+            units = place.scores(moved, wide(gradient[place.key]), together=where.units is None)
+            yield place.dictionary, 0, torch.einsum("srp,rpu->sur", where.spots[:, rows].to(units), units)
+
+    def _latent_changes(self, base: Graph, other: Graph | None, means: dict[Key, Tensor]) -> Iterator[Change]:
+        """What goes in minus what the run has, for every dictionary."""
+        for i, (place, _) in enumerate(self.latents):
+            x, own = base.extra[place.hook], base.values[place.key]
+            if other is None:
+                mean = means[LATENTS, i]
+                yield place.change(x, own, mean.expand(len(x), *mean.shape), means[place.key].expand_as(own))
+            elif self.value == "zero":
+                yield place.change(x, own, torch.zeros_like(place.encode(x)), None)
+            else:
+                yield place.change(x, own, place.encode(other.extra[place.hook]), other.values[place.key])
 
     def _along(self, runner: Runner, rows: Tensor, base: Tensor, other: Tensor, at_once: int) -> dict[Key, Tensor]:
         """Weighted mean of the gradients in runs that enter block 0 on the line from `base` to `other`."""
@@ -239,6 +270,10 @@ class Passes:
                 effects = query_effects if site == "q" else partial(key_effects, n_kv_heads=kv_heads)
                 found[site, layer] = partial(_of_gradient, effects, scores, patched)
         return found
+
+
+def _n_units(where: Cells) -> int:
+    return 1 if where.units is None else len(where.units)
 
 
 def _of_gradient(effects: Callable[..., Tensor], scores: Tensor, patched: Tensor, gradient: Tensor) -> Tensor:

@@ -15,12 +15,16 @@ from torch import Tensor
 from interp.models import provenance
 from interp.patching._batches import Split
 from interp.patching._cells import Cells, cells, choice
-from interp.patching._engine import Plan, _first_changed
+from interp.patching._engine import Plan, Swept, _first_changed, sweep
+from interp.patching._latent_places import latent_cells, latent_site
+from interp.patching._latent_sites import LatentSite
+from interp.patching._latent_sweep import LatentPlan, incoming, latent_plan, latents_matter, sweep_latents
 from interp.patching._measure import checked, score
 from interp.patching._resume import Reader
 from interp.patching._sites import n_units, read_site, unit_axis
 from interp.patching.activation import _replacement
 from interp.patching.effects import Effects
+from interp.patching.latents import donors_of
 from interp.types import DIRECTIONS, SITES, VALUES
 
 
@@ -55,12 +59,21 @@ class Rerun:
         array = xr.DataArray(grid.numpy().reshape(*shape, *grid.shape[3:]), dims=(*names, *_rest(grid.ndim - 3)))
         return array.transpose(*self.dims, *_rest(grid.ndim - 3)).values
 
+    def sweep(self, bridge: Any, only: Bool[Tensor, "window spot unit"], *, progress: bool = False) -> Swept:
+        """Patch these cells."""
+        plan = dataclasses.replace(self.plan, only=only)
+        if isinstance(plan, LatentPlan):
+            return sweep_latents(bridge, plan, self.reader, self.split, progress=progress)
+        return sweep(bridge, plan, self.reader, self.split, progress=progress)
+
     @torch.no_grad()
     def matter(self, bridge: Any) -> Bool[Tensor, "window spot unit"]:
         """Which cells can have an effect at all: in some example they change something that the metric can see.
 
         Costs the forwards that read the site in both runs.
         """
+        if isinstance(self.plan, LatentPlan):
+            return latents_matter(bridge, self.plan, self.reader, self.split)
         plan, n_layers = self.plan, self.split.geometry.n_layers
         found = torch.zeros(plan.shape, dtype=torch.bool)
         for rows in self.split.chunks(len(plan.tokens), 0):
@@ -85,8 +98,11 @@ def rerun(
     *,
     memory_budget: int,
     batch_size: int | None,
+    dictionary: Any = None,
 ) -> Rerun:
     """The exact sweep over the cells of `scores`, refused where model, prompts or metric are seen to be others.
+
+    Scores of latents need the `dictionary` that they are of.
 
     Runs one forward, of the intact prompts, whose metric must be the recorded one.
     """
@@ -94,9 +110,17 @@ def rerun(
         hint = "; attribution_patch gives one per site, pass scores['z']" if isinstance(scores, dict) else ""
         raise ValueError(f"scores is {type(scores).__name__}, expected Effects{hint}")
     record = scores.provenance
-    if record.get("method") == "causal_trace":
-        raise ValueError("these are effects of causal_trace, which are exact already; expected approximate scores")
-    choice("site", scores.site, SITES)
+    if (method := record.get("method")) in ("causal_trace", "cross_layer_patch"):
+        raise ValueError(f"these are effects of {method}, which are exact already; expected approximate scores")
+    latent = "dictionary" in record
+    if latent != (dictionary is not None):
+        raise ValueError(
+            f"the scores are of {scores.site}: pass dictionary=, the one they were computed with"
+            if latent
+            else f"dictionary= is for scores of latents, and these are of {scores.site!r}"
+        )
+    if not latent:
+        choice("site", scores.site, SITES)
     choice("direction", scores.direction, DIRECTIONS)
     choice("value", scores.value, VALUES)
     bad = int((~np.isfinite(scores.values.values)).sum())
@@ -108,15 +132,22 @@ def rerun(
     size = abs(scores.mean().values)
     if size.max() == size.min():
         raise ValueError(f"all {size.size} mean scores are {size.flat[0]:.4g} in magnitude: there is no top among them")
-    shape = checked(bridge, prompts, metric, scores.site)  # type: ignore[arg-type]
+    shape = checked(bridge, prompts, metric, "resid_pre" if latent else scores.site)  # type: ignore[arg-type]
     _same_run(bridge, prompts, metric, scores)
-    where = _cells_of(prompts, scores, shape)
+    place = _place_of(bridge, dictionary, scores) if latent else None
+    where = _cells_of(prompts, scores, shape) if place is None else _latent_cells_of(prompts, scores, place)
     n, draws = len(prompts), int(record.get("n_draws", 1))
     base, other = prompts.corrupted, prompts.clean
     if scores.direction == "noise":
         base, other = other, base
     reader = Reader(metric, torch.arange(n).repeat(draws), n)
     split = Split.of(bridge, shape, reader, base.shape[1], memory_budget, batch_size)
+    if place is not None:
+        donors = donors_of(n, draws, int(record.get("seed") or 0), scores.value)
+        goes_in = incoming(bridge, place, other, scores.value, split, donors)
+        spots = where.spots.repeat(1, draws, 1)
+        plan: Plan = latent_plan(place, base.repeat(draws, 1), where, spots, goes_in, error=False)
+        return _rerun(bridge, plan, reader, split, where, scores, other)
     replacement = _replacement(
         bridge,
         other,
@@ -136,9 +167,37 @@ def rerun(
         where.units,
         replacement,
     )
+    return _rerun(bridge, plan, reader, split, where, scores, other)
+
+
+def _rerun(
+    bridge: Any, plan: Plan, reader: Reader, split: Split, where: Cells, scores: Effects, other: Tensor
+) -> Rerun:
+    """Once the metric of the intact run is the recorded one."""
     intact = score(bridge, other, reader, split)
     _same_metric(scores, intact, half=split.item < 4)
     return Rerun(plan, reader, split, where, scores.cells, intact)
+
+
+def _place_of(bridge: Any, dictionary: Any, scores: Effects) -> LatentSite:
+    """The dictionary in its place, with the latents of the scores; refused where it is seen to be another."""
+    record = scores.provenance["dictionary"]
+    chosen = None if scores.provenance["latents"] == "all" else scores.provenance["latents"]
+    if "latent" in scores.cells:
+        chosen = [int(latent) for latent in _coordinate(scores.values, "latent")]
+    place = latent_site(bridge, dictionary, chosen)
+    for name, mine in place.record["dictionary"].items():
+        if mine != record[name]:
+            raise ValueError(
+                f"the scores were made with another dictionary: their {name} is {record[name]!r}, here it is {mine!r}"
+            )
+    return place
+
+
+def _latent_cells_of(prompts: Any, scores: Effects, place: LatentSite) -> Cells:
+    at = _coordinate(scores.values, "pos") if "pos" in scores.cells else scores.provenance["positions"]
+    positions = [_position(label, prompts) for label in at]
+    return latent_cells(prompts, place, axes=scores.cells, positions=positions)
 
 
 def _same_run(bridge: Any, prompts: Any, metric: Any, scores: Effects) -> None:

@@ -11,10 +11,12 @@ from torch import Tensor
 from interp.patching._batches import Split
 from interp.patching._cells import Positions, cells, choice
 from interp.patching._engine import Plan, Replacement, sweep
-from interp.patching._measure import checked, effects_of, embedding_std, gaussian_rows, score
+from interp.patching._latent_sites import LatentDictionary
+from interp.patching._measure import checked, derangement, effects_of, embedding_std, gaussian_rows, score
 from interp.patching._resume import Reader
 from interp.patching._sites import STREAM, read_site
 from interp.patching.effects import Effects
+from interp.patching.latents import patch_latents
 from interp.types import DIRECTIONS, SITES, VALUES, Direction, Metric, Site, Value
 
 _REFERENCE: dict[Value, str] = {
@@ -31,13 +33,14 @@ def activation_patch(
     prompts: Any,
     metric: Metric,
     *,
-    site: Site = "resid_pre",
+    site: Site | LatentDictionary = "resid_pre",
     direction: Direction = "denoise",
     value: Value = "swap",
     axes: Sequence[str] | None = None,
     positions: Positions = None,
     layers: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
+    latents: Sequence[int] | None = None,
     n_draws: int = 1,
     noise: float = 3.0,
     seed: int = 0,
@@ -68,7 +71,9 @@ def activation_patch(
             vector per head and position, `q` and `k` before rotation; `k` and `v` have key-value heads, dimension
             `kv_head`, where these are grouped); `pattern` (a head's attention from a destination `pos` to all sources);
             `neuron` (after the activation function; in a gated MLP the product). There is no `resid_mid` in models
-            whose attention and MLP run in parallel.
+            whose attention and MLP run in parallel. Or a dictionary (of `interp.dictionaries`), for its latents and its
+            error: the result is `LatentEffects`, which says what is patched. Latents that are off in both runs cost
+            nothing.
         value: What goes in: `"swap"`, the other run's activation on the same example; `"zero"`; `"mean"` over the
             examples of the other run at the same position; `"resample"`, the other run's activation on another example;
             `"gaussian"`, the run's own activation plus noise of `noise` standard deviations of the token embeddings
@@ -76,11 +81,12 @@ def activation_patch(
             `"noise"`.
         axes: What is swept: `"layer"` and any of `"pos"` and `"head"` or `"neuron"`. What is not swept is patched
             together. Default `("layer", "pos")` for sites of one vector per position, `("layer", "head")` or `("layer",
-            "neuron")` else.
+            "neuron")` else; `("latent", "pos")`, without `"layer"`, for a dictionary.
         positions: Which positions: all, or a list of names of `prompts.positions` (each example at its own place) and
             indices. Without the axis `"pos"` they are patched together.
         layers: Which layers; all by default.
         neurons: Which neurons of every layer; all by default, which is one cell for each of them.
+        latents: Which latents of the dictionary; all by default.
         n_draws: Draws of donors (`"resample"`) or noise (`"gaussian"`) that the effects are averaged over.
         noise: Size of the noise in standard deviations of the token embeddings.
         seed: For donors and noise, the same for every cell.
@@ -103,20 +109,23 @@ def activation_patch(
         >>> effects = interp.patching.activation_patch(bridge, p, interp.metrics.logit_difference(p), site="z")
         >>> effects.top(5)
     """
-    choice("site", site, SITES)
+    if isinstance(site, str):
+        choice("site", site, SITES)
     choice("direction", direction, DIRECTIONS)
     choice("value", value, VALUES)
+    if not isinstance(site, str):
+        _check_draws(value, n_draws, len(prompts))
+        return patch_latents(
+            bridge, prompts, metric, site, latents=latents, axes=axes, positions=positions, layers=layers,
+            neurons=neurons, direction=direction, value=value, reference=_REFERENCE[value], n_draws=n_draws, seed=seed,
+            memory_budget=memory_budget, batch_size=batch_size, progress=progress,
+        )  # fmt: skip
+    if latents is not None:
+        raise ValueError(f"latents= chooses from a dictionary, site=dictionary; here site={site!r}")
     shape = checked(bridge, prompts, metric, site)
     where = cells(prompts, site, shape, axes=axes, positions=positions, layers=layers, neurons=neurons)
     n = len(prompts)
-    if n_draws < 1 or (n_draws > 1 and value not in ("resample", "gaussian")):
-        raise ValueError(
-            f"n_draws={n_draws} with value={value!r}: expected 1, or more with value='resample' or 'gaussian'"
-        )
-    if value in ("mean", "resample") and n < 2:
-        raise ValueError(
-            f"value={value!r} needs other examples, but there is {n}; pass more prompts or use value='swap' or 'zero'"
-        )
+    _check_draws(value, n_draws, n)
     if value == "gaussian" and site not in STREAM:
         raise ValueError(
             f"value='gaussian' is noise in units of the embedding, for {', '.join(STREAM)}; "
@@ -145,6 +154,17 @@ def activation_patch(
     return effects_of(
         bridge, prompts, metric, where, swept, intact, site=site, direction=direction, value=value, settings=settings
     )
+
+
+def _check_draws(value: Value, n_draws: int, n: int) -> None:
+    if n_draws < 1 or (n_draws > 1 and value not in ("resample", "gaussian")):
+        raise ValueError(
+            f"n_draws={n_draws} with value={value!r}: expected 1, or more with value='resample' or 'gaussian'"
+        )
+    if value in ("mean", "resample") and n < 2:
+        raise ValueError(
+            f"value={value!r} needs other examples, but there is {n}; pass more prompts or use value='swap' or 'zero'"
+        )
 
 
 def _replacement(
@@ -187,11 +207,3 @@ def _replacement(
         return {layer: tensor + noise.to(tensor) for layer, tensor in own.items()}
 
     return noised
-
-
-def derangement(n: int, generator: torch.Generator) -> Tensor:
-    """A random order of `n` things in which nothing keeps its place."""
-    while True:
-        order = torch.randperm(n, generator=generator)
-        if not (order == torch.arange(n)).any():  # true of a share 1/e of all orders
-            return order

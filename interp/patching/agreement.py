@@ -269,7 +269,8 @@ def check_comparable(reference: Effects, approximation: Effects) -> None:
                 f"the two results differ in the coordinate {str(dim)!r}: {_some(mine)} in the reference and "
                 f"{_some(other)} in the approximation; run both on the same layers, positions, units and prompts"
             )
-    for key in ("model", "revision", "prompts"):
+    together = () if "latent" in a.dims else ("latents",)  # which were patched together
+    for key in ("model", "revision", "prompts", "dictionary", *together):
         mine, other = reference.provenance.get(key), approximation.provenance.get(key)
         if mine is not None and other is not None and mine != other:
             raise ValueError(

@@ -14,11 +14,14 @@ from interp.patching._backward import differentiable, metric_name, no_gradient
 from interp.patching._batches import Split
 from interp.patching._cells import Cells, Positions, cells, choice
 from interp.patching._engine import Swept
+from interp.patching._latent_places import placed
+from interp.patching._latent_sites import LatentDictionary
 from interp.patching._measure import checked, effects_of
 from interp.patching._passes import Passes, Scores
 from interp.patching._quadrature import Points, quadrature
 from interp.patching._resume import Reader
 from interp.patching.effects import Effects
+from interp.patching.latents import latent_effects
 from interp.patching.rules import Preset, Rules, resolve_rules
 from interp.types import DIRECTIONS, SITES, Direction, Metric, Site
 
@@ -37,14 +40,15 @@ def attribution_patch(
     prompts: Any,
     metric: Metric,
     *,
-    sites: Site | Sequence[Site] = ("resid_pre", "attn_out", "mlp_out"),
+    sites: Site | LatentDictionary | Sequence[Site | LatentDictionary] = ("resid_pre", "attn_out", "mlp_out"),
     method: Method | Rules = "gradient",
     direction: Direction = "denoise",
     value: Literal["swap", "zero", "mean"] = "swap",
-    axes: Sequence[str] | Mapping[Site, Sequence[str]] | None = None,
+    axes: Sequence[str] | Mapping[Any, Sequence[str]] | None = None,
     positions: Positions = None,
     layers: Sequence[int] | None = None,
     neurons: Sequence[int] | None = None,
+    latents: Sequence[int] | Mapping[Any, Sequence[int]] | None = None,
     steps: int = 5,
     points: Points = "gauss_legendre",
     rules: Preset | Rules | None = None,
@@ -53,7 +57,7 @@ def attribution_patch(
     memory_budget: int = 2**30,
     batch_size: int | None = None,
     progress: bool = False,
-) -> dict[Site, Effects]:
+) -> dict[Any, Effects]:
     """Estimates of what `activation_patch` would measure at these sites, for every cell and example, all from one
     backward pass.
 
@@ -71,7 +75,10 @@ def attribution_patch(
     Args:
         bridge, prompts, metric: As for `activation_patch`. The metric must be differentiable: `accuracy` and
             `answer_rank` are refused, and so is `kl_divergence` to the very run whose gradient is taken.
-        sites: The sites, as for `activation_patch`; one name or several.
+        sites: The sites, as for `activation_patch`; one name or several. Dictionaries among them (any number, also of
+            one hook) get scores of their latents and errors, `LatentEffects`: the latent's change times its direction
+            times the coefficient of the activation that is rebuilt. Each dictionary is scored in the model as it is,
+            so that what flows back does not pass through the encoders of others (Marks et al. call it pass-through).
         method: `"gradient"` is attribution patching. `"integrated_gradients"` averages gradients over runs whose
             embeddings lie on the straight line from the run that is patched to the other (`value="swap"` only).
             `"relp"`, `"relp_ah"`, `"cp_lrp"`, `"attnlrp"`, `"gim"` and a `Rules` object of one's own replace the
@@ -81,7 +88,8 @@ def attribution_patch(
         value: What goes in: `"swap"`, `"zero"` or `"mean"`, as for `activation_patch`.
         axes, positions, layers, neurons: As for `activation_patch`; `neurons` is for the site `neuron`, `axes` for
             every site unless it is a mapping from sites to axes. A cell that joins positions or units is the sum of its
-            parts.
+            parts. Dictionaries have the axes `"latent"` and `"pos"`: where named sites have others, give a mapping.
+        latents: Which latents, of the one dictionary, or a mapping from dictionaries; all by default.
         steps: Points of integrated gradients.
         points: Where they lie: `"gauss_legendre"`, `"midpoint"`, or the `"left"` and `"right"` sums of published code.
             Gauss-Legendre is best where the metric is smooth along the line; where it jumps none is, and 5 points can
@@ -98,10 +106,10 @@ def attribution_patch(
         progress: Show a progress bar.
 
     Returns:
-        `Effects` by site. `provenance` says the method, its rules, `cost` in forwards and backwards of all examples,
-        and `completeness`: the scores at the stream entering block 0, summed (`input_sum`), beside the change of the
-        metric from one run to the other that they estimate (`metric_change`), in means over examples; integrated
-        gradients converge to it, other methods need not come near.
+        `Effects` by site, with dictionaries themselves as keys. `provenance` says the method, its rules, `cost` in
+        forwards and backwards of all examples, and `completeness`: the scores at the stream entering block 0, summed
+        (`input_sum`), beside the change of the metric from one run to the other that they estimate (`metric_change`),
+        in means over examples; integrated gradients converge to it, other methods need not come near.
 
     Raises:
         ValueError: If an option is unknown, does not fit the site, method or model, if the metric has no gradient, or
@@ -113,24 +121,35 @@ def attribution_patch(
         Nanda 2023, "Attribution patching"; relevance patching: Rezaei Jafari et al. 2025 (arXiv:2508.21258), whose
         scores sum over examples where ours keep them. Integrated gradients over inputs: Hanna et al. 2024
         (arXiv:2403.17806), who take left or right sums. AtP*: Kramar et al. 2024 (arXiv:2403.00745), sections 3.1 and
-        3.2; residual sites, which they do not score, are divided by layers minus 1 here as well.
+        3.2; residual sites, which they do not score, are divided by layers minus 1 here as well. Latents and error
+        nodes: Marks et al. 2024 (arXiv:2403.19647), who average gradients along lines between activations of one
+        dictionary at a time, where integrated gradients here change the input of the model.
 
     Example:
         >>> scores = interp.patching.attribution_patch(bridge, p, m, sites=("mlp_out", "z"), method="relp")
         >>> scores["mlp_out"].top(5)
     """
-    names: tuple[Site, ...] = (sites,) if isinstance(sites, str) else tuple(sites)
+    given = tuple(sites) if isinstance(sites, Sequence) and not isinstance(sites, str) else (sites,)
+    names: tuple[Site, ...] = tuple(site for site in given if isinstance(site, str))
+    dictionaries = [site for site in given if not isinstance(site, str)]
     chosen = _rules(method, rules, points=points, steps=steps, value=value)
-    _check_options(names, method, chosen, direction, value, qk_fix=qk_fix, grad_drop=grad_drop)
-    shape = [checked(bridge, prompts, metric, site) for site in names][0]
+    _check_options(given, names, method, chosen, direction, value, qk_fix=qk_fix, grad_drop=grad_drop)
+    shape = [checked(bridge, prompts, metric, site) for site in names or ("resid_pre",)][0]
     where: dict[Site, Cells] = {
         site: _cells(prompts, site, shape, axes=axes, positions=positions, layers=layers, neurons=neurons)
         for site in names
     }
-    if isinstance(axes, Mapping) and (extra := [site for site in axes if site not in names]):
-        raise ValueError(f"axes= names {', '.join(map(repr, extra))}, but the sites are {', '.join(map(repr, names))}")
+    if isinstance(axes, Mapping) and (extra := [site for site in axes if not any(site is one for one in given)]):
+        raise ValueError(
+            f"axes= names {', '.join(map(_shown, extra))}, but the sites are {', '.join(map(_shown, given))}"
+        )
     if neurons is not None and "neuron" not in where:
-        raise ValueError(f"neurons= is for the site 'neuron'; the sites are {', '.join(map(repr, names))}")
+        raise ValueError(f"neurons= is for the site 'neuron'; the sites are {', '.join(map(_shown, given))}")
+    places = placed(
+        bridge, prompts, dictionaries, latents, axes=axes, positions=positions, layers=None if names else layers
+    )
+    if blocked := [place.title for place, _ in places if place.site in _shut(chosen)]:
+        raise ValueError(f"no relevance reaches the {blocked[0]} under these rules; use 'relp' or 'gradient'")
     _check_model(bridge, shape, qk_fix=qk_fix, grad_drop=grad_drop, n_examples=len(prompts), value=value)
     base, other = (prompts.corrupted, prompts.clean) if direction == "denoise" else (prompts.clean, prompts.corrupted)
     reader = Reader(metric, torch.arange(len(prompts)), len(prompts))
@@ -138,7 +157,7 @@ def attribution_patch(
     split = Split.of(bridge, shape, reader, base.shape[1], memory_budget, batch_size)
     line = quadrature(points, steps) if method == "integrated_gradients" else None
     fix: tuple[Site, ...] = tuple(site for site in names if site in ("q", "k")) if qk_fix else ()
-    passes = Passes(bridge, split, base, other, value, where, chosen, line, fix, grad_drop)
+    passes = Passes(bridge, split, base, other, value, where, chosen, line, fix, grad_drop, places)
     passes.check()
     silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
     with differentiable(bridge), tqdm(total=len(prompts), disable=silent, desc="attribution") as bar:
@@ -151,24 +170,29 @@ def attribution_patch(
         "direction": direction,
         "value": value,
         "reference": _REFERENCE[value],
-        "sites": list(names),
+        "sites": [*names, *(place.title for place, _ in places)],
         "steps": None if line is None else steps,
         "points": None if line is None else points,
         "qk_fix": list(fix),
         "grad_drop": grad_drop,
         "completeness": _completeness(scores) if value == "swap" else None,
     }
-    found: dict[Site, Effects] = {}
+    found: dict[Any, Effects] = dict.fromkeys(given)  # type: ignore[assignment]  # in the order that was asked for
+    for place, cells_ in places:
+        swept = Swept(scores.values[place.dictionary], scores.base.float(), passes.cost)
+        found[place.dictionary] = latent_effects(
+            bridge, prompts, metric, place, cells_, swept, scores.other.float(), direction, value, settings
+        )
     for site in names:
         swept = Swept(scores.values[site], scores.base.float(), passes.cost)
-        effects = effects_of(
+        found[site] = effects_of(
             bridge, prompts, metric, where[site], swept, scores.other.float(), site=site, direction=direction,
             value=value, settings={**settings, "site": site},
         )  # fmt: skip
-        if grad_drop:
+    if grad_drop:
+        for site, effects in found.items():
             values = effects.values.assign_attrs(score="sum of absolute scores over dropped layers, / (layers - 1)")
-            effects = replace(effects, values=values)
-        found[site] = effects
+            found[site] = replace(effects, values=values)
     return found
 
 
@@ -195,22 +219,25 @@ def _rules(method: Method | Rules, rules: Preset | Rules | None, *, points: str,
 
 
 def _check_options(
-    sites: tuple[Site, ...], method: Any, rules: Rules, direction: str, value: str, *, qk_fix: bool, grad_drop: bool
+    given: Sequence[Any],
+    sites: tuple[Site, ...],
+    method: Any,
+    rules: Rules,
+    direction: str,
+    value: str,
+    *,
+    qk_fix: bool,
+    grad_drop: bool,
 ) -> None:
     """What can be refused without looking at the model."""
     for site in sites:
         choice("sites", site, SITES)
-    if not sites or len(set(sites)) != len(sites):
-        raise ValueError(f"sites={sites} must name at least one site, and none twice")
+    if not given or len({site if isinstance(site, str) else id(site) for site in given}) != len(given):
+        raise ValueError(f"sites={tuple(map(_shown, given))} must name at least one site, and none twice")
     choice("direction", direction, DIRECTIONS)
     choice("value", value, _REFERENCE)
     name = method if isinstance(method, str) else "these rules"
-    shut = [
-        site
-        for site, factor in zip("qkv", rules.qkv, strict=True)
-        if factor == 0 or (rules.attention == "AH" and site != "v")
-    ]
-    if blocked := [site for site in sites if site in shut]:
+    if blocked := [site for site in sites if site in _shut(rules)]:
         raise ValueError(
             f"no relevance reaches {' and '.join(map(repr, blocked))} with {name}: the attention pattern is held "
             "constant, or the factor in qkv is 0; ask for 'v', 'z' or 'pattern', or use method='relp' or 'gradient'"
@@ -220,6 +247,19 @@ def _check_options(
             raise ValueError(f"{option}=True repairs method='gradient'; here method={name!r}")
     if qk_fix and not {"q", "k"} & set(sites):
         raise ValueError(f"qk_fix=True is about the sites 'q' and 'k', but sites={sites}; add one of them")
+
+
+def _shut(rules: Rules) -> list[str]:
+    """The sites that nothing flows back to."""
+    return [
+        site
+        for site, factor in zip("qkv", rules.qkv, strict=True)
+        if factor == 0 or (rules.attention == "AH" and site != "v")
+    ]
+
+
+def _shown(site: Any) -> str:
+    return repr(site) if isinstance(site, str) else f"the dictionary of {getattr(site, 'hook', '?')!r}"
 
 
 def _check_model(bridge: Any, shape: Any, *, qk_fix: bool, grad_drop: bool, n_examples: int, value: str) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from interp.patching._batches import Split
-from interp.patching._cells import Positions, cells, choice
+from interp.patching._cells import Positions, cells, choice, window_of
 from interp.patching._engine import Plan, sweep
 from interp.patching._measure import checked, effects_of, embedding_std, gaussian_rows, score
 from interp.patching._resume import Reader
@@ -100,7 +100,7 @@ def causal_trace(
     def restored(rows: Tensor, own: dict[int, Tensor]) -> dict[int, Tensor]:
         return read_site(bridge, prompts.clean[rows % n].to(split.device), site, sorted(own))
 
-    windows = tuple(_window(layer, window, shape.n_layers) for layer in where.layers)
+    windows = tuple(window_of(layer, window, shape.n_layers) for layer in where.layers)
     plan = Plan(
         prompts.clean.repeat(n_draws, 1), site, windows, where.spots.repeat(1, n_draws, 1), None, restored, corruption
     )
@@ -130,8 +130,3 @@ def causal_trace(
         value="gaussian",
         settings=settings,
     )
-
-
-def _window(layer: int, size: int, n_layers: int) -> tuple[int, ...]:
-    start = layer - size // 2
-    return tuple(range(max(0, start), min(n_layers, start + size)))

@@ -160,7 +160,7 @@ class Effects(Result):
             parts.append(f"positions {named}{'' if 'pos' in self.cells else ' together'}")
         if prompts := p.get("prompts"):
             parts.append(f"{prompts['n']} prompts of {prompts['name'] or 'no name'}")
-        return f"Effects({sizes}; {'; '.join([*parts, str(p.get('model', 'unknown model'))])})"
+        return f"{type(self).__name__}({sizes}; {'; '.join([*parts, str(p.get('model', 'unknown model'))])})"
 
     def _patched_and_gap(self) -> tuple[xr.DataArray, xr.DataArray]:
         return self.values + (self.baseline - self.corrupted), self.clean - self.corrupted

@@ -105,6 +105,7 @@ def miss_bound(
     level: float | int = 0.95,
     use_scores: bool = True,
     seed: int = 0,
+    dictionary: Any = None,
     memory_budget: int = 2**30,
     batch_size: int | None = None,
     progress: bool = False,
@@ -136,6 +137,7 @@ def miss_bound(
         use_scores: Take out of each outcome what the scores predict of it (times a fitted factor) and add each
             cell's share back. Does not bias the estimates, and narrows the bound as far as the scores are good.
         seed: For the sets.
+        dictionary: The one whose latents the scores are of; its error is in no set.
         memory_budget, batch_size, progress: As for `activation_patch`.
 
     Raises:
@@ -171,7 +173,9 @@ def miss_bound(
             )
         if not 1 <= k < (size := scores.values.isel(example=0).size):
             raise ValueError(f"k={k} of {size} cells leaves nothing that could be missed; expected 1 to {size - 1}")
-    again = rerun(bridge, prompts, metric, scores, memory_budget=memory_budget, batch_size=batch_size)
+    again = rerun(
+        bridge, prompts, metric, scores, dictionary=dictionary, memory_budget=memory_budget, batch_size=batch_size
+    )
     mean = scores.mean().values.astype(np.float64)
     order = np.argsort(-abs(mean).ravel(), kind="stable")
     outside = np.ones(mean.size, dtype=bool)

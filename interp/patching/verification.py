@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,6 @@ import xarray as xr
 
 from interp.patching._cells import choice
 from interp.patching._comparing import CHECKED, GROUPS, Checked, Group, weighted_statistics
-from interp.patching._engine import sweep
 from interp.patching._measure import effects_of
 from interp.patching._rerun import rerun
 from interp.patching.agreement import BOUNDS, flat, unsigned
@@ -159,6 +157,7 @@ def verify(
     level: float | int = 0.95,
     n_resamples: int = 1000,
     seed: int = 0,
+    dictionary: Any = None,
     memory_budget: int = 2**30,
     batch_size: int | None = None,
     progress: bool = False,
@@ -182,6 +181,7 @@ def verify(
         warn_below: A warning is given if the estimated Pearson correlation or precision@k is below.
         level, n_resamples: Of the intervals.
         seed: For the random cells and the resamples.
+        dictionary: The one whose latents the scores are of; its error is not patched.
         memory_budget, batch_size, progress: As for `activation_patch`.
 
     Warns:
@@ -205,7 +205,9 @@ def verify(
         )
     if not 0 < level < 1 or n_resamples < 100:
         raise ValueError(f"level={level} must lie between 0 and 1, and n_resamples={n_resamples} be at least 100")
-    again = rerun(bridge, prompts, metric, scores, memory_budget=memory_budget, batch_size=batch_size)
+    again = rerun(
+        bridge, prompts, metric, scores, dictionary=dictionary, memory_budget=memory_budget, batch_size=batch_size
+    )
     mean = scores.mean().values.astype(np.float64)
     order = np.argsort(-abs(mean).ravel(), kind="stable")
     matter = again.to_cells(again.matter(bridge)).ravel()
@@ -217,8 +219,7 @@ def verify(
     group[chosen] = 1
     group = group.reshape(mean.shape)
 
-    plan = dataclasses.replace(again.plan, only=again.to_grid(group > 0))
-    swept = sweep(bridge, plan, again.reader, again.split, progress=progress)
+    swept = again.sweep(bridge, again.to_grid(group > 0), progress=progress)
     exact = effects_of(
         bridge, prompts, metric, again.where, swept, again.intact,
         site=scores.site, direction=scores.direction, value=scores.value, settings={"method": "verify"},  # type: ignore[arg-type]
@@ -228,7 +229,7 @@ def verify(
         flat(exact, again.dims), flat(scores, again.dims), group.ravel(), len(others),
         no_sign=unsigned(scores), level=level, n_resamples=n_resamples, seed=seed,
     )  # fmt: skip
-    draws = len(plan.tokens) // len(prompts)
+    draws = len(again.plan.tokens) // len(prompts)
     notes = []
     if unsigned(scores):
         notes.append("the scores have no sign: compared with the magnitude of the exact effects")

@@ -113,7 +113,7 @@ def broken(tmp_path: Path, config: dict[str, Any] | None = None, **weights: Any)
 def test_files_that_are_not_what_they_say_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"W_enc .* is \(32, 16\), .*looks transposed"):
         load_dictionary(broken(tmp_path, W_enc=lambda w: w.T))
-    with pytest.raises(ValueError, match="architecture 'temporal'; readable are standard"):
+    with pytest.raises(ValueError, match=r"architecture 'temporal': .* tokens before it; readable are standard"):
         load_dictionary(broken(tmp_path, {"architecture": "temporal"}))
     with pytest.raises(ValueError, match="normalisation 'covariance_whitening'"):
         load_dictionary(broken(tmp_path, {"normalize_activations": "covariance_whitening"}))

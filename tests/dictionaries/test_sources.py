@@ -1,9 +1,8 @@
-"""Batches depend on the seed and their number alone; planted data are what they say; L0 reaches its target."""
+"""Batches depend on the seed and their number alone; planted data are what they say."""
 
 from __future__ import annotations
 
 import itertools
-import math
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +10,11 @@ import pytest
 import torch
 
 import interp
-from interp.dictionaries.l0_control import L0Controller
+from interp.cache import capture
 from interp.dictionaries.planted import PlantedSource, recovery
 from interp.dictionaries.sources import LiveSource, StoreSource, TensorSource, as_source
-from tests.helpers import D_MODEL, tiny_bridge, tiny_tokens
+from interp.hooks import hook_name, interventions, no_retained_graph
+from tests.helpers import D_MODEL, FAMILIES, tiny_bridge, tiny_tokens
 
 HOOKS = ("blocks.1.hook_mlp_out", "blocks.0.hook_resid_post")
 
@@ -66,6 +66,31 @@ def test_live_rows_are_the_models_own_without_the_first_position() -> None:
         assert torch.allclose(batch[hook], rows[hook][match], atol=1e-6)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("site", ["mlp_out", "resid_mid", "resid_post", "z"])
+def test_live_gradients_are_those_of_the_summed_losses(family: str, site: Any) -> None:
+    """Against what an edit h -> h + delta does to the losses, differentiated at delta = 0."""
+    bridge, tokens = tiny_bridge(family, dtype=torch.float64), tiny_tokens(3, 7)
+    if family == "neox" and site == "resid_mid":
+        pytest.skip("parallel blocks have no stream between attention and MLP")
+    hook = hook_name(site, 1)
+    source = LiveSource(bridge, tokens, (hook,), texts_per_buffer=3, gradient_of=hook, texts_per_backward=2)
+    shape = capture(bridge, tokens, hook)[hook].shape
+    delta = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+    with interventions(bridge, {hook: lambda h: h + delta}), torch.enable_grad(), no_retained_graph(bridge):
+        losses = -bridge(tokens)[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])
+        expected = torch.autograd.grad(losses.sum(), delta)[0][:, 1:].flatten(0, 1).flatten(1)
+    plain = take(LiveSource(bridge, tokens, (hook,), texts_per_buffer=3), 1, size=18)[0]
+    batch = take(source, 1, size=18)[0]
+    assert set(batch) == {hook, "gradient"} and torch.equal(batch[hook], plain[hook])
+    rows = capture(bridge, tokens, hook)[hook][:, 1:].flatten(0, 1).flatten(1).float()
+    order = (batch[hook][:, None] - rows).abs().sum(-1).argmin(1)  # which token each row of the batch is
+    assert sorted(order.tolist()) == list(range(18))
+    torch.testing.assert_close(batch["gradient"], expected[order].float(), rtol=1e-5, atol=1e-6)
+    assert float(expected.abs().max()) > 1e-3
+    assert all(p.grad is None for p in bridge.parameters()) and not any(p.requires_grad for p in bridge.parameters())
+
+
 def test_what_cannot_be_a_source_is_refused(tmp_path: Path) -> None:
     found = sources(tmp_path)
     with pytest.raises(ValueError, match="blocks.0.hook_attn_out is not among them"):
@@ -78,6 +103,15 @@ def test_what_cannot_be_a_source_is_refused(tmp_path: Path) -> None:
         LiveSource(tiny_bridge("llama"), tiny_tokens(), HOOKS, skip_first=tiny_tokens().shape[1])
     with pytest.raises(ValueError, match="give no batch of 1000"):
         take(found["live"], 1, size=1000)
+    live = {"bridge": tiny_bridge("llama"), "tokens": tiny_tokens(), "names": HOOKS}
+    with pytest.raises(KeyError, match="hook_nothing"):
+        LiveSource(**live, gradient_of="blocks.0.hook_nothing")
+    with pytest.raises(ValueError, match="texts_per_backward=0"):
+        LiveSource(**live, gradient_of=HOOKS[0], texts_per_backward=0)
+    with pytest.raises(ValueError, match="predict nothing"):
+        LiveSource(tiny_bridge("llama"), tiny_tokens(2, 1), HOOKS, skip_first=0, gradient_of=HOOKS[0])
+    with pytest.raises(ValueError, match="scales has 2 values"):
+        PlantedSource(scales=(1.0, 1.0))
     with pytest.raises(ValueError, match="one chance"):
         PlantedSource(density=0.0)
 
@@ -103,29 +137,3 @@ def test_recovery_by_hand(unchecked: None) -> None:
     assert scores["mcc"] == pytest.approx((1 + 0 + 0.8) / 3) and scores["recovered"] == 0.25
     with pytest.raises(ValueError, match="cannot be compared"):
         recovery(found, true[:, :3])
-
-
-@pytest.mark.parametrize("start", [1e-3, 0.03, 1.0])
-@pytest.mark.parametrize("target", [4.0, 16.0])
-def test_the_controller_reaches_its_target_on_a_slow_plant(start: float, target: float) -> None:
-    """L0 follows c ** -0.5 with a lag of 50 steps, from 100 at c = 0.01: what a penalty roughly does."""
-    control = L0Controller(target, start, path_steps=400)
-    log_l0, seen = math.log(100.0), []
-    coefficient = start
-    for _ in range(1500):
-        settled = math.log(100.0) - 0.5 * math.log(coefficient / 0.01)
-        log_l0 += (settled - log_l0) / 50
-        coefficient = control.update(math.exp(log_l0))
-        seen.append(math.exp(log_l0))
-    assert all(abs(l0 / target - 1) < 0.1 for l0 in seen[-300:])
-    assert min(seen) > 0.5 * target
-
-
-def test_a_controller_resumes_from_its_state() -> None:
-    first = L0Controller(4.0, 0.1)
-    for l0 in (50.0, 30.0, 20.0):
-        first.update(l0)
-    second = L0Controller(4.0, first.coefficient, state=dict(first.state))
-    assert second.update(10.0) == first.update(10.0)
-    with pytest.raises(ValueError, match="must be above 0"):
-        L0Controller(4.0, 0.0)
