@@ -54,7 +54,7 @@ def main(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
 def case(device: str, quick: bool) -> tuple[Any, Prompts, str]:
     """A random model of GPT-2 small's shape (a third of its layers if quick) and a pair of random prompts."""
     torch.manual_seed(0)
-    shape = {"n_layer": 4} if quick else {}
+    shape: dict[str, Any] = {"n_layer": 4} if quick else {}
     model = GPT2LMHeadModel(GPT2Config(**shape)).eval()
     bridge = interp.load_model(model.to(torch.device(device)), tokenizer=interp.tinyworld.tokenizer(), check=False)  # pyright: ignore[reportArgumentType]
     clean = torch.randint(2, 300, (1, N_POS))

@@ -188,14 +188,16 @@ class CrossLayerEffects(Effects):
                 f"no example is wrong (the smallest {self.metric} is {base.min():.4g}, threshold {threshold}): there "
                 "is nothing to repair; choose prompts that the model fails, or another threshold"
             )
-        right = self._flat(self.values) + base > threshold
+        right = np.asarray(self._flat(self.values) + base > threshold)
         fold = self._folds(folds, seed, wrong)
         best = {}
         for f in np.unique(fold):
             others = wrong & (fold != f)
             best[f] = int(np.argmax(right[:, others if others.any() else wrong].mean(1)))
         at, index = np.array([best[f] for f in fold]), np.arange(len(base))
-        shares: dict[str, tuple[np.ndarray, np.ndarray, list[int]]] = {"some cell": (right.any(0), wrong, [])}
+        shares: dict[str, tuple[np.ndarray, np.ndarray, list[int]]] = {
+            "some cell": (np.asarray(right.any(0)), wrong, [])
+        }
         drawn = None
         if self.control is not None:
             drawn = np.stack([self._flat(draw) + base > threshold for draw in self.control.transpose("draw", ...)])

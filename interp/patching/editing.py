@@ -116,6 +116,8 @@ def fit_edits(
         raise ValueError(f"targets= are tokens to inject; goal={goal!r} is about the answers of the prompts")
     if targets is None:
         targets = prompts.foils if goal == "inject" else prompts.answers
+    if targets is None:
+        raise ValueError("these prompts have no foils to inject; pass targets=, one token id per prompt")
     if len(targets) != len(prompts) or not 0 <= int(targets.min()) <= int(targets.max()) < int(bridge.cfg.d_vocab):
         raise ValueError(
             f"targets are {len(targets)} ids from {int(targets.min())} to {int(targets.max())}; expected one for each "

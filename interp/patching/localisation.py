@@ -47,8 +47,7 @@ class LocalisationScore(Result):
 
     def summary(self) -> pd.DataFrame:
         """One row per model: R squared with its bounds, and the `p_value` of what the localisation adds."""
-        frame = self.values.to_pandas().rename_axis(columns=None)
-        return frame.assign(p_value=self.p_value.values).reset_index()
+        return self.values.to_pandas().assign(p_value=self.p_value.values).reset_index()
 
     def choices(self) -> pd.DataFrame:
         """One row per rule of choosing the layer: mean success with its bootstrap interval."""
@@ -63,7 +62,7 @@ class LocalisationScore(Result):
         """R squared of every model, with its interval."""
         from interp.plotting import bars
 
-        frame = self.values.to_pandas().rename_axis(columns=None).reset_index()
+        frame = self.values.to_pandas().reset_index()
         return bars(
             frame, x="model", y="estimate", interval=("low", "high"), unit="R squared",
             title="Success of edits explained by layer and localisation",

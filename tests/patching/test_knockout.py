@@ -88,7 +88,8 @@ def test_who_can_read_nothing_else_says_the_same_of_any_prompt(family: str) -> N
         found = attention_knockout(bridge, given, metric, edges=edges, groups=groups, window=2 * N_LAYERS, layers=[0])
         return torch.tensor((found.values + found.intact).values).squeeze()
 
-    first, other = alone(p.clean), alone((p.clean + 11) % D_VOCAB)
+    others = torch.cat([p.clean[:, :1], 3 + (p.clean[:, 1:] + 8) % (D_VOCAB - 3)], 1)  # no BOS, no padding
+    first, other = alone(p.clean), alone(others)
     assert torch.allclose(first, other, atol=1e-5) and float(first.std()) < 1e-5
     with torch.no_grad():
         assert float(metric(bridge(p.clean)).std()) > 0.05
@@ -127,6 +128,12 @@ def test_result(tmp_path: Any) -> None:
     assert "one layer at a time" in figure.layout.title.text
     loaded = Knockout.load(found.save(tmp_path / "k.nc"))
     assert loaded.values.identical(found.values) and loaded.pairs.identical(found.pairs)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_an_unknown_scale_is_refused() -> None:
+    p = prompts()
+    found = attention_knockout(tiny_bridge("gpt2"), p, metrics.answer_prob(p), edges=EDGES, groups=GROUPS)
     with pytest.raises(ValueError, match="'change' or 'relative', got 'share'"):
         found.interval(of="share")  # type: ignore[arg-type]
 
