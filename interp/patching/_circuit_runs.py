@@ -80,7 +80,8 @@ def run_replaced(
                 ends[1][rows] = _numbers(runner.plain(other[rows], rows))
             replacement = source(rows, record())
             values[(~live).nonzero(), rows] = ends[0][rows]
-            for some in live.nonzero().flatten().split(per_pass):
+            # splitting no masks would give one empty part
+            for some in live.nonzero().flatten().split(per_pass) if bool(live.any()) else ():
                 where = None if positions is None else positions[rows]
                 everyone = rows.repeat(len(some))
                 with replacing(bridge, wiring, replacement, masks[some], where):
