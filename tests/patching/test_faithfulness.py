@@ -242,13 +242,14 @@ def test_refused_before_any_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     bridge = fresh_bridge("llama")
     circuit = Circuit.full(graph_of(bridge))
     faithfulness(bridge, P, METRIC, circuit)  # what is probed once, is
+    foreign = Circuit.full(graph_of(tiny_bridge("gpt2")))
     monkeypatch.setattr(type(bridge), "forward", no_forward)
     with pytest.raises(ValueError, match="ablation='gaussian' is unknown"):
         faithfulness(bridge, P, METRIC, circuit, ablation="gaussian")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="needs other examples, but there is 1"):
         faithfulness(bridge, P[:1], logit_difference(P[:1]), circuit, ablation="mean")
     with pytest.raises(ValueError, match="the model's graph is"):
-        faithfulness(bridge, P, METRIC, Circuit.full(graph_of(tiny_bridge("gpt2"))))
+        faithfulness(bridge, P, METRIC, foreign)
     with pytest.raises(ValueError, match="circuits must be"):
         faithfulness(bridge, P, METRIC, ["input->m0"])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="of='rest' is unknown"):
