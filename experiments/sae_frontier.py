@@ -37,7 +37,7 @@ METRICS = (
     "kl_spliced",
     "dead",
     "dense",
-    "shrinkage",
+    "reconstruction_bias",
     "cosine",
 )
 
@@ -77,7 +77,7 @@ def main() -> None:
     text, unseen = (torch.tensor(tinyworld.bank(n, seed=s).ids.astype("int64")) for n, s in ((400_000, 1), (20_000, 2)))
     train_rows, train_batch = labelled_rows(bridge, hook, 10)
     test_rows, test_batch = labelled_rows(bridge, hook, 11)
-    masks = dictionaries.label_masks(train_rows, train_batch.labels)
+    masks = dictionaries.label_masks(train_rows, train_batch.labels, min_documents=4)
     held = dictionaries.label_masks(test_rows, test_batch.labels, min_tokens=10)
     args.write.mkdir(parents=True, exist_ok=True)
     file = args.write / "runs.csv"

@@ -20,8 +20,8 @@ import torch
 from interp import dictionaries
 
 SEEDS = range(5)
-TRAINING: dict[str, Any] = {"n_steps": 1500, "batch_size": 1024, "learning_rate": 3e-3}
-BUDGETS = (2, 3, 4, 6, 8, 16)  # active latents per token: 3.84 are true
+TRAINING: dict[str, Any] = {"n_steps": 1500, "batch_size": 512, "learning_rate": 3e-3}
+BUDGETS = (2, 4, 8, 16)  # active latents per token: 3.84 are true
 COEFFICIENTS = {"relu": (0.01, 0.03, 0.1, 0.3), "gated": (0.01, 0.03, 0.1, 0.3), "jumprelu": (0.003, 0.01, 0.03, 0.1)}
 STEERED = ("relu", "gated", "jumprelu")
 BUDGETED = ("topk", "batch_topk")
@@ -59,7 +59,7 @@ def score(sae: dictionaries.Dictionary, source: dictionaries.PlantedSource) -> d
     rebuilt = sae.decode(latents, x)
     fvu = float((x - rebuilt).square().sum() / (x - x.mean(0)).square().sum())
     bias = float(rebuilt.square().sum() / (x * rebuilt).sum())
-    found = {"l0": float((latents != 0).float().sum(1).mean()), "fvu": fvu, "shrinkage": bias}
+    found = {"l0": float((latents != 0).float().sum(1).mean()), "fvu": fvu, "reconstruction_bias": bias}
     found |= {"dead": float((latents == 0).all(0).float().mean()), **dictionaries.recovery(sae.W_dec, source.features)}
     return found | best_latents(latents, strengths > 0)
 

@@ -30,9 +30,10 @@ class PlantedSource:
         noise: Standard deviation of Gaussian noise on every coordinate.
         seed: Of the directions.
         scales: Factors on the amplitudes of each feature; 1 for all by default.
-        sensitivities: Of a downstream loss, the sum over features of sensitivity * <direction, x>; batches then have
-            its gradient too, for gradient dictionaries. Features whose sensitivity is 0 are made orthogonal to the
-            others, so that the loss does not depend on them.
+        sensitivities: Of a downstream loss, the sum over features of sensitivity * relu(<direction, x> - floor), where
+            floor is half the feature's smallest strength: it depends on a feature where that is on. Batches then have
+            the loss's gradient too, for gradient dictionaries. Features whose sensitivity is 0 are made orthogonal to
+            the others, so that the loss does not depend on them.
     """
 
     width: int = 64
@@ -103,13 +104,19 @@ class PlantedSource:
         noise = self.noise * torch.randn(n, self.width, generator=draws) if self.noise else 0.0
         return strengths @ self.features + noise, strengths
 
+    def gradient(self, x: Float[Tensor, "token width"]) -> Float[Tensor, "token width"]:
+        """Of the downstream loss at `x`."""
+        if self.sensitivities is None:
+            raise ValueError("this source has no downstream loss: give it sensitivities")
+        weights, directions = torch.tensor(self.sensitivities), self.features
+        floors = 0.5 * self.amplitudes[0] * (1.0 if self.scales is None else torch.tensor(self.scales))
+        return ((x @ directions.T > floors) * weights) @ directions
+
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Mapping[str, Tensor]]:
         number = start
         while True:
-            batch = {self.hook: self.sample(batch_size, seed=seed, number=number)[0]}
-            if self.sensitivities is not None:
-                batch["gradient"] = (torch.tensor(self.sensitivities) @ self.features).expand(batch_size, -1)
-            yield batch
+            x = self.sample(batch_size, seed=seed, number=number)[0]
+            yield {self.hook: x} if self.sensitivities is None else {self.hook: x, "gradient": self.gradient(x)}
             number += 1
 
 

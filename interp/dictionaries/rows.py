@@ -113,6 +113,7 @@ def label_masks(
     *,
     fields: Sequence[str] = ("family", "role", "topic", "dialect", "entity"),
     min_tokens: int = 20,
+    min_documents: int = 1,
 ) -> dict[str, Bool[Tensor, " token"]]:
     """For every value of every field of the labels, which rows have it: `{"topic=sea": mask, ...}`, commonest first.
 
@@ -120,6 +121,8 @@ def label_masks(
         labels: One label per token of `rows.tokens`, such as `interp.tinyworld.encode(documents).labels`; a label is
             any object with the attributes `fields`, or None where nothing is known.
         min_tokens: Values with fewer rows, or with fewer rows without them, are left out.
+        min_documents: Values found in fewer documents are left out; probes and absorption, which fit on some documents
+            and score on others, need 2.
 
     Raises:
         ValueError: If labels and tokens are not aligned, or no value is common enough.
@@ -134,10 +137,13 @@ def label_masks(
     for name in fields:
         values = [getattr(labels[r][p], name) if labels[r][p] is not None else None for r, p in at]
         for value, count in Counter(v for v in values if v is not None).most_common():
-            if min(count, len(at) - count) >= min_tokens:
-                masks[f"{name}={value}"] = torch.tensor([v == value for v in values])
+            mask = torch.tensor([v == value for v in values])
+            if min(count, len(at) - count) >= min_tokens and len(rows.row[mask].unique()) >= min_documents:
+                masks[f"{name}={value}"] = mask
     if not masks:
-        raise ValueError(f"no value of {', '.join(fields)} has {min_tokens} rows with it and without it")
+        raise ValueError(
+            f"no value of {', '.join(fields)} has {min_tokens} rows with it and without it in {min_documents} documents"
+        )
     return masks
 
 

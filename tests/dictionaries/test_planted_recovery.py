@@ -5,6 +5,7 @@ The problem is small and training short, so that the bars are lower than those o
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -85,15 +86,22 @@ def quiet(seed: int) -> PlantedSource:
 
 
 def test_the_planted_gradient_is_that_of_the_loss() -> None:
+    """By automatic differentiation; and it is there exactly where the feature is on."""
     source = quiet(3)
-    x, strengths = source.sample(5)
+    x, strengths = source.sample(200)
+    leaf = x.clone().requires_grad_()
+    (2 * (leaf @ source.features[-1] - 0.05).relu().sum()).backward()
+    doubled = replace(source, sensitivities=(0.0,) * 31 + (2.0,))
+    assert leaf.grad is not None and torch.allclose(doubled.gradient(x), leaf.grad, atol=1e-6)
+    assert torch.equal(source.gradient(x).norm(dim=1) > 0.5, strengths[:, -1] > 0)
     batch = next(source.batches(5, seed=0))
-    weights = torch.tensor(source.sensitivities)
-    assert torch.allclose(batch["gradient"][0] @ x[0], weights @ (source.features @ x[0]), atol=1e-6)
+    assert torch.equal(batch["gradient"], source.gradient(batch[""]))
     assert set(batch) == {"", "gradient"} and source.gradient_of == "" and SOURCE.gradient_of is None
     on = strengths[:, -1][strengths[:, -1] > 0]
     assert bool((on <= 0.3 + 1e-6).all()) and source.describe() != SOURCE.describe()
     assert float((source.features[:-1] @ source.features[-1]).abs().max()) < 1e-5
+    with pytest.raises(ValueError, match="no downstream loss"):
+        SOURCE.gradient(x)
 
 
 def test_a_gradient_dictionary_trains_from_a_live_model() -> None:
