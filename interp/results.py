@@ -22,6 +22,8 @@ import numpy as np
 import xarray as xr
 from torch import Tensor
 
+from interp.stats import Interval
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -154,6 +156,15 @@ def labelled(
     if array.ndim != len(dims):
         raise ValueError(f"values have shape {array.shape}, but {len(dims)} dimension names were given: {tuple(dims)}")
     return xr.DataArray(array, dims=tuple(dims), coords=coords, attrs={"unit": unit} if unit else {})
+
+
+def interval_arrays(found: Interval, template: xr.DataArray, *, unit: str, **attrs: Any) -> xr.Dataset:
+    """`estimate`, `low` and `high` of an interval as arrays like `template`, which has no examples."""
+    arrays = {
+        name: template.copy(data=np.asarray(getattr(found, name), dtype=np.float32)).assign_attrs(unit=unit)
+        for name in found._fields
+    }
+    return xr.Dataset(arrays, attrs=attrs)
 
 
 def _without_coordinates(array: xr.DataArray, name: str) -> xr.DataArray:

@@ -29,25 +29,25 @@ N_POS = 15
 def main(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
     bridge, prompts, name = case(device, quick)
     metric, graph = logit_difference(prompts), graph_of(bridge)
-    repeats = 2 if quick else 5
-    plain = timed(device, repeats, lambda: forward(bridge, prompts))
-    rows: list[dict[str, Any]] = []
+    options: dict[str, Any] = {"ablation": "swap", "memory_budget": 2**32}  # there is no mean over one pair
     generator = torch.Generator().manual_seed(0)
-    for share in (0.01, 0.5):
-        circuit = Circuit(graph, (torch.rand(graph.exists.shape, generator=generator) < share) & graph.exists)
+
+    def drawn(share: float) -> Circuit:
+        return Circuit(graph, graph.exists & (torch.rand(graph.exists.shape, generator=generator) < share))
+
+    single = [drawn(share) for share in (0.01, 0.5)]
+    cases: dict[str, Any] = {f"{len(circuit)} of {graph.n_edges} edges kept": circuit for circuit in single}
+    cases["ten circuits at once"] = [drawn(share / 10) for share in range(10)]
+    rows: list[dict[str, Any]] = []
+    for what, circuits in cases.items():
         found: list[Any] = []
-        seconds = timed(
-            device,
-            repeats,
-            lambda c=circuit, f=found: f.append(faithfulness(bridge, prompts, metric, c, memory_budget=2**32)),
-        )
-        rows.append(row(f"{len(circuit)} of {graph.n_edges} edges kept; {name}", found[-1], 1, seconds, plain))
-    sizes = [
-        Circuit(graph, graph.exists & (torch.rand(graph.exists.shape, generator=generator) < s / 10)) for s in range(10)
-    ]
-    found = []
-    seconds = timed(device, 1, lambda: found.append(faithfulness(bridge, prompts, metric, sizes, memory_budget=2**32)))
-    rows.append(row(f"ten circuits at once; {name}", found[-1], 10, seconds, plain))
+
+        def evaluate(circuits: Any = circuits, found: list[Any] = found) -> None:
+            found.append(faithfulness(bridge, prompts, metric, circuits, **options))
+
+        seconds, plain = timed(device, 2 if quick else 5, evaluate, lambda: forward(bridge, prompts))
+        n_circuits = len(circuits) if isinstance(circuits, list) else 1
+        rows.append(row(f"{what}; {name}", found[-1], n_circuits, seconds, plain))
     return rows
 
 
@@ -82,19 +82,21 @@ def row(what: str, found: Any, n_circuits: int, seconds: float, plain: float) ->
     }
 
 
-def timed(device: str, repeats: int, run: Callable[[], Any]) -> float:
-    """Fewest seconds. CPU time where the CPU computes: other programs on the machine do not count."""
+def timed(device: str, repeats: int, *runs: Callable[[], Any]) -> list[float]:
+    """Fewest seconds of each, taken in turns, so that a machine that slows down does so for all. CPU time where the CPU
+    computes: other programs on the machine do not count."""
     on_cpu = torch.device(device).type == "cpu"
     clock = time.process_time if on_cpu else time.perf_counter
-    run()  # the first call probes the model
-    seconds = []
-    for _ in range(repeats):
-        start = clock()
-        run()
-        if not on_cpu:
-            torch.cuda.synchronize(device)
-        seconds.append(clock() - start)
-    return min(seconds)
+    seconds: list[list[float]] = [[] for _ in runs]
+    for repeat in range(repeats + 1):
+        for run, taken in zip(runs, seconds, strict=True):
+            start = clock()
+            run()
+            if not on_cpu:
+                torch.cuda.synchronize(device)
+            if repeat:  # the first call probes the model
+                taken.append(clock() - start)
+    return [min(taken) for taken in seconds]
 
 
 if __name__ == "__main__":

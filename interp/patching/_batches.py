@@ -1,13 +1,15 @@
-"""How rows are shared out among forwards: by memory, and by where their suffixes start."""
+"""How rows are shared out among passes: by memory, and by where their suffixes start; and the bar that counts them."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 
 if TYPE_CHECKING:
     from interp.patching._resume import Reader
@@ -17,7 +19,13 @@ if TYPE_CHECKING:
 # dimensions (within 10 % from 1 to 500 tokens); the accelerator's are orders of magnitude.
 _SECONDS = {"cpu": (4e-4, 4e-6, 4e-10, 2e-11), "other": (6e-4, 2e-8, 2e-12, 1e-13)}
 _CPU_TOKENS = 1024  # a CPU is fastest while the activations of a batch stay in its cache; more rows gain nothing
+_BACKWARD_CPU_TOKENS = 4096  # the same of backward passes
 _STARTS = 64  # distinct suffix starts that are told apart; coarser ones recompute a few positions
+
+
+def progress_bar(progress: bool, total: int, what: str) -> Any:
+    """A bar over `total` steps, silent unless asked for and not forbidden by the environment."""
+    return tqdm(total=total, disable=not progress or os.environ.get("INTERP_PROGRESS") == "0", desc=what)
 
 
 @dataclass(frozen=True)
@@ -104,6 +112,25 @@ class Split:
         each = max(stored, self.row_bytes(self.n_pos, self.n_pos))
         rows = max(1, self.memory_budget // 2 // each)
         return list(torch.arange(n_rows).split(min(rows, self.batch_size or rows)))
+
+    def check_backward(self, row_bytes: int, advice: str = "") -> None:
+        """Raise unless the smallest batch of a backward pass fits."""
+        least = self.reader.n_examples if self.reader.whole else 1
+        if (needed := least * row_bytes) > self.memory_budget:
+            why = f"this metric has no .select, so a batch must hold all {least} examples" if least > 1 else "one row"
+            raise ValueError(
+                f"memory_budget={self.memory_budget:,} bytes is too small: a backward pass needs about {needed:,} "
+                f"({why}); raise it, {advice}pass shorter or fewer prompts, or a metric of interp.metrics"
+            )
+
+    def backward_chunks(self, n: int, row_bytes: int) -> tuple[list[Tensor], int]:
+        """Examples of `n` whose backward passes are run together, and how many points of a line at a time."""
+        rows = self.memory_budget // row_bytes
+        if self.device.type == "cpu":
+            rows = min(rows, -(-_BACKWARD_CPU_TOKENS // self.n_pos))
+        rows = max(1, min(rows, self.batch_size or rows))
+        examples = n if self.reader.whole else min(rows, n)
+        return list(torch.arange(n).split(examples)), max(1, rows // examples)
 
     def batches(self, starts: Tensor, rows: Tensor, layer: int, *, suffixes: bool) -> Iterator[Batch]:
         """Batches that cover every cell and row of a chunk in which anything is changed.

@@ -95,7 +95,7 @@ def run_replaced(
 def _rows(split: Split, wiring: Wiring) -> int:
     """Most rows (circuits x examples) of a pass: half of the budget holds it."""
     g, graph = split.geometry, wiring.graph
-    kept = len(graph.writers) + 2 * g.n_layers + 6 * g.n_heads  # vectors per position: differences, reads, inputs
+    kept = 2 * len(graph.writers) + 2 * g.n_layers + 6 * g.n_heads  # vectors per position: written, reads, inputs
     each = split.row_bytes(split.n_pos, split.n_pos) + split.item * split.n_pos * g.d_model * kept
     least = split.reader.n_examples if split.reader.whole else 1
     if (needed := 2 * least * each) > split.memory_budget:

@@ -6,7 +6,6 @@ before it come from keys and values, and the activations that go in are read onc
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp import hooks
-from interp.patching._batches import Batch, Split
+from interp.patching._batches import Batch, Split, progress_bar
 from interp.patching._engine import _LOCAL, Base, Plan, Swept, _cost, _count, _run_base
 from interp.patching._measure import gaussian_rows
 from interp.patching._resume import Reader, Resume
@@ -93,8 +91,7 @@ def cross_sweep(bridge: Any, plan: CrossPlan, reader: Reader, split: Split, *, p
     chunks = split.chunks(n_rows, -(-kept // n_pos))
     tally: dict[str, int] = {"ran": 0, "least": 0, "rows": 0, "batches": 0, "largest": 0}
     live = [t for t in range(n_targets) if measured[t].any()]
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with tqdm(total=len(chunks) * len(live), disable=silent, desc=f"patching {plan.site} across layers") as bar:
+    with progress_bar(progress, len(chunks) * len(live), f"patching {plan.site} across layers") as bar:
         for rows in chunks:
             base = _run_base(bridge, base_plan, rows, split)
             resume = Resume(bridge, reader, rows, base.resid[n_layers - 1], base.cache)

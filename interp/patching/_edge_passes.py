@@ -26,7 +26,6 @@ from interp.patching.rules import Rules, backward_rules
 
 ENTRY = hooks.hook_name("resid_pre", 0)
 HEADS: tuple[Literal["q", "k", "v"], ...] = ("q", "k", "v")
-_CPU_TOKENS = 4096  # a CPU gains nothing from larger batches
 _CPU_BLOCK = 2**26  # bytes of stacked writers and readers that a CPU still contracts fast
 
 
@@ -134,24 +133,11 @@ class EdgePasses:
 
     def check(self) -> None:
         """Raise unless the smallest batch fits."""
-        least = self.split.reader.n_examples if self.split.reader.whole else 1
-        needed, budget = least * (self.row_bytes() + self._position_bytes()), self.split.memory_budget
-        if needed > budget:
-            why = f"this metric has no .select, so a batch must hold all {least} examples" if least > 1 else "one row"
-            raise ValueError(
-                f"memory_budget={budget:,} bytes is too small: a backward pass needs about {needed:,} ({why}); raise "
-                "it, pass shorter or fewer prompts, or a metric of interp.metrics"
-            )
+        self.split.check_backward(self.row_bytes() + self._position_bytes())
 
     def chunks(self) -> tuple[list[Tensor], int]:
         """Examples that are run together, and how many points of a line at a time."""
-        n, split = len(self.base), self.split
-        rows = split.memory_budget // (2 * self.row_bytes())
-        if split.device.type == "cpu":
-            rows = min(rows, -(-_CPU_TOKENS // self.base.shape[1]))
-        rows = max(1, min(rows, split.batch_size or rows))
-        examples = n if split.reader.whole else min(rows, n)
-        return list(torch.arange(n).split(examples)), max(1, rows // examples)
+        return self.split.backward_chunks(len(self.base), 2 * self.row_bytes())
 
     def run(self, done: Callable[[int], Any]) -> tuple[Float[Tensor, "writer reader spot example"], Scores]:
         """Scores of edges (NaN where there is none) and what is known of the runs, on the CPU."""

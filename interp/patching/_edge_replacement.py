@@ -1,8 +1,11 @@
 """The exact pass behind circuits and paths: one forward in which any set of edges carries what another run wrote.
 
-A reader's input is the stream of this very run, less what the writers of its replaced edges wrote in this run, plus
-what they wrote in the other. Readers are served in the order in which the model computes them, so what a writer makes
-of a changed input reaches all that read it, over the edges that are not replaced.
+A reader's input is the sum of what its writers wrote: in the other run over replaced edges, in this very run over the
+rest. Readers are served in the order in which the model computes them, so what a writer makes of a changed input
+reaches all that read it, over the edges that are not replaced.
+
+The sum is made anew from its parts. The stream less what is replaced would be the same but for rounding, and rounding
+is all that is left where everything a reader sees is replaced by nothing: its norm would blow that up to any size.
 """
 
 from __future__ import annotations
@@ -103,7 +106,7 @@ def replacing(
 
 
 class _Pass:
-    """The state of one forward: what writers wrote in it, less what they are replaced by, as far as they have run."""
+    """The state of one forward: what writers wrote in it and in the other run, as far as they have run."""
 
     found: dict[str, Tensor]
 
@@ -113,14 +116,10 @@ class _Pass:
         self.shape = (masks.shape[0], *other.input.shape)  # circuit, row, pos, d_model
         self.positions = None if positions is None else positions.to(device)[:, :, None]
         self.masked = masks.cpu()
-        masks = masks.to(device, dtype)
-        heads = torch.tensor(
-            [node.part == "head" and wiring.layers[node.layer].post for node in self.graph.writer_nodes]
-        )
-        self.through_norm = masks  # of heads whose sum is normalised before it is added
-        self.added = masks * ~heads.to(device)[:, None]
+        self.replaced = masks.to(device, dtype)
+        self.kept = 1 - self.replaced
         self.post = [layer for layer, found in enumerate(wiring.layers) if found.post]
-        self.differences = torch.empty(0)
+        self.now = self.wrote = torch.empty(0)  # what writers wrote in this run, and in the other
         self.filled = 0
         self.start: Tensor | None = None
         self.normed: tuple[tuple[Branch, int], Tensor] | None = None
@@ -128,8 +127,7 @@ class _Pass:
     def reads(self) -> list[str]:
         layers = range(self.graph.n_layers)
         names = [hooks.hook_name(site, layer) for site in ("resid_pre", "z", "attn_out") for layer in layers]  # type: ignore[arg-type]
-        names += [hooks.hook_name("mlp_out", layer) for layer in self.other.mlp]
-        return names + [self.wiring.raw(layer) for layer in self.post]
+        return names + [hooks.hook_name("mlp_out", layer) for layer in self.other.mlp]
 
     def edits(self) -> dict[str, hooks.Edit]:
         edits: dict[str, hooks.Edit] = {}
@@ -187,53 +185,69 @@ class _Pass:
         """The stream as each of these readers sees it."""
         self._fill(below := self._writers_below(part, layer))
         readers = self._readers(part, layer)
-        stream = stream.reshape(self.shape[0], 1, -1)
-        mask = self.added[:, :below, readers].mT
-        seen = torch.baddbmm(
-            stream, mask, self.differences[:, :below], alpha=-1
-        )  # circuit, reader, row * pos * d_model
-        seen = seen.view(self.shape[0], -1, *self.shape[1:])
-        for other in self.post:
-            first = 1 + other * (self.graph.n_heads + 1)
-            heads = slice(first, first + self.graph.n_heads)
-            if heads.stop > below or not self.masked[:, heads, readers].any():
-                continue
-            mask = self.through_norm[:, heads, readers].mT
-            raw = self.found[self.wiring.raw(other)].reshape(stream.shape)
-            mixed = torch.baddbmm(raw, mask, self.differences[:, heads], alpha=-1).view_as(seen)
-            added = self.found[hooks.hook_name("attn_out", other)].view(self.shape).unsqueeze(1)
-            seen = seen + (self.wiring.added(other, mixed) - added)
-        return seen
+        stream = stream.view(self.shape).unsqueeze(1)
+        seen = self._sum(self._added(below), readers)  # circuit, reader, row, pos, d_model
+        biases = torch.zeros(self.shape[-1], dtype=seen.dtype, device=seen.device)
+        for other in range(self.graph.n_layers):
+            heads, bias = self._heads(other), self.wiring.bias(other)
+            if heads.stop > below:
+                break
+            if other not in self.post:
+                biases += 0 if bias is None else bias
+            elif self.masked[:, heads, readers].any():
+                mixed = self._sum(torch.arange(heads.start, heads.stop), readers)
+                seen += self.wiring.added(other, mixed if bias is None else mixed.add_(bias))
+            else:
+                seen += self.found[hooks.hook_name("attn_out", other)].view(self.shape).unsqueeze(1)
+        seen += biases
+        changed = self.masked[:, :below, readers].any(1)[:, :, None, None, None].to(seen.device)
+        if self.positions is not None:
+            changed = changed & self.positions
+        return torch.where(changed, seen, stream)
+
+    def _heads(self, layer: int) -> slice:
+        """The places of a block's heads among writers."""
+        first = 1 + layer * (self.graph.n_heads + 1)
+        return slice(first, first + self.graph.n_heads)
+
+    def _added(self, below: int) -> Int[Tensor, "writer"]:
+        """The writers that are added to the stream as they are: not heads whose sum is normalised before."""
+        writers = torch.arange(below)
+        for heads in map(self._heads, self.post):
+            writers = writers[(writers < heads.start) | (writers >= heads.stop)]
+        return writers
+
+    def _sum(self, writers: Int[Tensor, "writer"], readers: slice) -> Float[Tensor, "circuit reader row pos d_model"]:
+        """What these writers wrote for each of these readers, in this run or in the other."""
+        whole = len(writers) == int(writers[-1] - writers[0]) + 1  # a slice, which is not copied
+        at = slice(int(writers[0]), int(writers[-1]) + 1) if whole else writers.to(self.now.device)
+        total = torch.bmm(self.kept[:, at, readers].mT, self.now[:, at])
+        replaced = self.replaced[:, at, readers].mT.reshape(-1, len(writers))
+        total.view(len(replaced), -1).addmm_(replaced, self.wrote[at])
+        return total.view(self.shape[0], -1, *self.shape[1:])
 
     def _fill(self, below: int) -> None:
-        """Differences of the first `below` writers, [circuit, writer, row * pos * d_model]."""
+        """What the first `below` writers wrote: [circuit, writer, row * pos * d_model], and the same of the other."""
         start = self.found[hooks.hook_name("resid_pre", 0)]
         if self.start is not start:  # the first reader of a forward
             self.start, self.filled, self.normed = start, 0, None
-            n_writers = len(self.graph.writers)
-            self.differences = start.new_empty(self.shape[0], n_writers, self.other.input.numel())
+            self.wrote = start.new_zeros(len(self.graph.writers), self.other.input.numel())
+            self.now = start.new_zeros(self.shape[0], *self.wrote.shape)
         nodes = self.graph.writer_nodes
         while self.filled < below:
             node = nodes[self.filled]
             if node.part == "head":
-                now, before = self.found[hooks.hook_name("z", node.layer)], self.other.z[node.layer]
-                moved = self._less(now, before)  # circuit, row, pos, head, d_head
-                weight = self.wiring.weight("z", node.layer).to(moved.dtype)
-                wrote = torch.einsum("crphe,hed->chrpd", moved, weight)
-                self.differences[:, self.filled : self.filled + len(weight)] = wrote.flatten(2)
-                self.filled += len(weight)
+                heads, weight = self._heads(node.layer), self.wiring.weight("z", node.layer)
+                now = self.found[hooks.hook_name("z", node.layer)].unflatten(0, self.shape[:2])
+                weight = weight.to(now.dtype)
+                self.now[:, heads] = torch.einsum("crphe,hed->chrpd", now, weight).flatten(2)
+                self.wrote[heads] = torch.einsum("rphe,hed->hrpd", self.other.z[node.layer], weight).flatten(1)
+                self.filled = heads.stop
                 continue
             if node.part == "input":
-                moved = self._less(start, self.other.input)
+                self.now[:, 0], self.wrote[0] = start.view(self.shape).flatten(1), self.other.input.flatten()
             elif node.layer in self.other.mlp:
-                moved = self._less(self.found[hooks.hook_name("mlp_out", node.layer)], self.other.mlp[node.layer])
-            else:
-                moved = torch.zeros(self.shape, dtype=start.dtype, device=start.device)
-            self.differences[:, self.filled] = moved.flatten(1)
+                now = self.found[hooks.hook_name("mlp_out", node.layer)]
+                self.now[:, self.filled] = now.view(self.shape).flatten(1)
+                self.wrote[self.filled] = self.other.mlp[node.layer].flatten()
             self.filled += 1
-
-    def _less(self, now: Tensor, other: Tensor) -> Tensor:
-        moved = now.unflatten(0, self.shape[:2]) - other
-        if self.positions is None:
-            return moved
-        return moved * (self.positions if moved.ndim == 4 else self.positions.unsqueeze(-1))

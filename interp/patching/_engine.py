@@ -10,7 +10,6 @@ which the patch changes nothing that the metric can see are not run: their effec
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,10 +17,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp import hooks
-from interp.patching._batches import Batch, Split
+from interp.patching._batches import Batch, Split, progress_bar
 from interp.patching._resume import Reader, Resume
 from interp.patching._sites import canonical, original, width
 from interp.types import Site
@@ -103,8 +101,7 @@ def sweep(bridge: Any, plan: Plan, reader: Reader, split: Split, *, progress: bo
     tally: dict[str, int] = {"ran": 0, "least": 0, "rows": 0, "batches": 0, "largest": 0}
     chunks = split.chunks(n_rows, 2 * len(plan.layers) * width(plan.site, split.geometry, n_pos))
     inside = plan.site in ("mlp_out", "neuron", "resid_post")  # at or after the MLP of a block
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with tqdm(total=len(chunks) * len(plan.patched), disable=silent, desc=f"patching {plan.site}") as bar:
+    with progress_bar(progress, len(chunks) * len(plan.patched), f"patching {plan.site}") as bar:
         for rows in chunks:
             base = _run_base(bridge, plan, rows, split)
             resume = Resume(bridge, reader, rows, base.resid[n_layers - 1], base.cache)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp import hooks
-from interp.patching._batches import Batch
+from interp.patching._batches import Batch, progress_bar
 from interp.patching._engine import Base, _first_changed, _run_base
 from interp.patching._latent_sweep import LatentPlan, patch_latent_sets
 from interp.patching._rerun import Rerun
@@ -31,9 +29,8 @@ def patch_sets(
     n_layers = split.geometry.n_layers
     first, ran = plan.layers[0], 0
     values = torch.zeros(len(sets), n_rows)
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
     chunks = split.chunks(n_rows, 2 * len(plan.layers) * width(plan.site, split.geometry, n_pos))
-    with tqdm(total=len(sets) * n_rows, disable=silent, desc=f"sets of {plan.site}") as bar:
+    with progress_bar(progress, len(sets) * n_rows, f"sets of {plan.site}") as bar:
         for rows in chunks:
             base = _run_base(bridge, plan, rows, split)
             resume = Resume(bridge, reader, rows, base.resid[n_layers - 1], base.cache)

@@ -6,7 +6,6 @@ of the engine stays as it is for a named site.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +13,9 @@ from typing import Any
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp import hooks
-from interp.patching._batches import Batch, Split
+from interp.patching._batches import Batch, Split, progress_bar
 from interp.patching._cells import Cells
 from interp.patching._engine import Plan, Swept, _cost, _count, _entry, first_changed, run_base
 from interp.patching._latent_sites import Change, LatentSite
@@ -103,8 +101,7 @@ def sweep_latents(bridge: Any, plan: LatentPlan, reader: Reader, split: Split, *
         skipped[:, : plan.shape[2]] = ~plan.only[0]
         values[0, skipped] = torch.nan
     tally: dict[str, int] = {"ran": 0, "least": 0, "rows": 0, "batches": 0, "largest": 0}
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with tqdm(total=n_rows, disable=silent, desc=f"patching {place.title}") as bar:
+    with progress_bar(progress, n_rows, f"patching {place.title}") as bar:
         for rows in chunks(plan, split):
             chunk = Chunk.of(bridge, plan, rows, split, reader)
             baseline[rows] = chunk.resume.baseline

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp import hooks
 from interp.models import Geometry, geometry, provenance, require_eval
+from interp.patching._backward import metric_name
 from interp.patching._batches import Split
 from interp.patching._cells import Cells
 from interp.patching._engine import Swept
@@ -85,7 +86,6 @@ def effects_of(
     """The labelled result: draws averaged, axes that were not swept dropped."""
     n = len(prompts)
     unit = str(getattr(metric, "unit", "metric"))
-    name = str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
     values = swept.values.unflatten(-1, (-1, n)).mean(-2)  # [window, spot, unit, example]
     baseline = swept.baseline.unflatten(-1, (-1, n)).mean(0)
     own = next((axis for axis in where.axes if axis not in ("layer", "pos")), None)
@@ -108,10 +108,10 @@ def effects_of(
         layers=list(where.layers),
         positions=[str(label) for label in where.labels],
         prompts={"name": prompts.name, "seed": prompts.seed, "n": n, "tokens": int(prompts.clean.shape[1])},
-        metric={"name": name, "unit": unit},
+        metric={"name": metric_name(metric), "unit": unit},
         cost=swept.cost,
     )
-    return Effects(array, record, clean, corrupted, direction, site, value, name)
+    return Effects(array, record, clean, corrupted, direction, site, value, metric_name(metric))
 
 
 def gaussian_rows(rows: Int[Tensor, "row"], n_pos: int, d_model: int, seed: int) -> Float[Tensor, "row pos d_model"]:

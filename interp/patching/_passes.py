@@ -29,7 +29,6 @@ from interp.types import SITES, Site
 
 START: Key = ("resid_pre", 0)
 LATENTS = "latents"  # with the place of a dictionary, a key of means
-_CPU_TOKENS = 4096  # a CPU gains nothing from larger batches
 
 
 @dataclass
@@ -116,24 +115,11 @@ class Passes:
 
     def check(self) -> None:
         """Raise unless the smallest batch fits."""
-        least = self.split.reader.n_examples if self.split.reader.whole else 1
-        needed, budget = least * self.row_bytes(), self.split.memory_budget
-        if needed > budget:
-            why = f"this metric has no .select, so a batch must hold all {least} examples" if least > 1 else "one row"
-            raise ValueError(
-                f"memory_budget={budget:,} bytes is too small: a backward pass needs about {needed:,} ({why}); raise "
-                "it, ask for fewer sites or layers, or pass shorter or fewer prompts, or a metric of interp.metrics"
-            )
+        self.split.check_backward(self.row_bytes(), "ask for fewer sites or layers, or ")
 
     def chunks(self) -> tuple[list[Tensor], int]:
         """Examples that are run together, and how many points of a line at a time."""
-        n, split = len(self.base), self.split
-        rows = split.memory_budget // self.row_bytes()
-        if split.device.type == "cpu":
-            rows = min(rows, -(-_CPU_TOKENS // self.base.shape[1]))
-        rows = max(1, min(rows, split.batch_size or rows))
-        examples = n if split.reader.whole else min(rows, n)
-        return list(torch.arange(n).split(examples)), max(1, rows // examples)
+        return self.split.backward_chunks(len(self.base), self.row_bytes())
 
     def run(self, done: Callable[[int], Any]) -> Scores:
         """Everything; `done` is told how many examples were finished."""

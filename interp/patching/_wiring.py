@@ -62,6 +62,11 @@ class Wiring:
         """Weights by head: into `q`, `k`, `v` [head, d_model, d_head]; out of `z` [head, d_head, d_model]."""
         return getattr(self.bridge.blocks[layer].attn, {"q": "W_Q", "k": "W_K", "v": "W_V", "z": "W_O"}[name]).detach()
 
+    def bias(self, layer: int) -> Float[Tensor, "d_model"] | None:
+        """What attention adds to its heads' sum, which is no writer's."""
+        bias = self.bridge.blocks[layer].attn.b_O
+        return None if bias is None else bias.detach()
+
     def raw(self, layer: int) -> str:
         """The hook of attention's output before any post-norm."""
         return f"blocks.{layer}.attn.hook_out" if self.layers[layer].post else hooks.hook_name("attn_out", layer)
@@ -134,7 +139,8 @@ def _layer(bridge: Any, graph: Graph, layer: int, found: dict[str, Tensor]) -> L
         norms["mlp"] = mlp
     post = block._modules.get("ln1_post") is not None
     z, w_o = found["z"], block.attn.W_O
-    if z.ndim != 4 or _differ(_moved(torch.einsum("bphe,hed->bpd", z, w_o.to(z.dtype))), _moved(raw)):
+    bias = 0 if block.attn.b_O is None else block.attn.b_O
+    if z.ndim != 4 or _differ(torch.einsum("bphe,hed->bpd", z, w_o.to(z.dtype)) + bias, raw):
         raise ValueError(_refusal(bridge, layer, "attention's output is not a sum over its heads"))
     if _differ(block.ln1_post.original_component(raw) if post else raw, attn_out):
         raise ValueError(

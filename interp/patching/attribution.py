@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from interp.patching._backward import differentiable, metric_name, no_gradient
-from interp.patching._batches import Split
+from interp.patching._batches import Split, progress_bar
 from interp.patching._cells import Cells, Positions, cells, choice
 from interp.patching._engine import Swept
 from interp.patching._latent_places import placed
@@ -159,8 +157,7 @@ def attribution_patch(
     fix: tuple[Site, ...] = tuple(site for site in names if site in ("q", "k")) if qk_fix else ()
     passes = Passes(bridge, split, base, other, value, where, chosen, line, fix, grad_drop, places)
     passes.check()
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with differentiable(bridge), tqdm(total=len(prompts), disable=silent, desc="attribution") as bar:
+    with differentiable(bridge), progress_bar(progress, len(prompts), "attribution") as bar:
         scores = passes.run(bar.update)
     if line is None:
         _check_slope(metric, scores, direction)

@@ -33,7 +33,7 @@ def faithfulness(
     how: Selection = "top",
     absolute: bool = True,
     prune: bool = True,
-    ablation: Ablation = "swap",
+    ablation: Ablation = "mean",
     of: Literal["circuit", "complement"] = "circuit",
     seed: int = 0,
     memory_budget: int = 2**30,
@@ -44,7 +44,8 @@ def faithfulness(
 
     A reader sees the stream of its own run, with what came over ablated edges replaced; readers are computed in order,
     so that a node inside the circuit works on what the circuit gives it. The full circuit is the model on the clean
-    prompts, the empty one under `"swap"` the model on the corrupted ones. Biases of attention's output belong to no
+    prompts, the empty one under `"swap"` the model on the corrupted ones, under `"mean"` a model that reads the same
+    average stream whatever the prompt. Biases of attention's output belong to no
     edge and stay. Where attention's output is normalised before it is added, each reader sees the norm of the heads'
     sum with its ablated heads replaced.
 
@@ -57,10 +58,13 @@ def faithfulness(
             `sizes` are selected.
         sizes, how, absolute, prune: With scores: as for `select_circuit`. Sizes that stand for the same number of edges
             are evaluated each.
-        ablation: What ablated edges carry: `"swap"`, what their writer writes on the corrupted prompt of the same
-            example; `"mean"`, its mean over the corrupted prompts, position by position; `"zero"`, nothing;
-            `"resample"`, what it writes on another corrupted prompt. Circuits depend on it: give scores of the same
-            kind.
+        ablation: What ablated edges carry. `"mean"`: the mean of what their writer writes at this position over the
+            corrupted prompts, that of the example itself included; a head's is the mean before any post-norm. It leaves
+            what all prompts share in place, and means what it says where the same position plays the same part in
+            every prompt, as in prompts of one template. `"swap"`: what the writer writes on the corrupted prompt of
+            the same example, as MIB does, so that only what differs within the pair is ablated. `"zero"`: nothing.
+            `"resample"`: what it writes on another corrupted prompt. Circuits depend on it (Miller et al. 2024, arXiv:
+            2407.08734): give scores of the same kind, `edge_attribution(..., value="mean")` for `"mean"`.
         of: `"complement"` ablates the edges in each circuit instead: what the rest of the model can still do. A circuit
             is complete where that is near 0 (Marks et al. 2024).
         seed: For `"resample"`.
@@ -77,12 +81,13 @@ def faithfulness(
         RuntimeError: If the model is in training mode.
 
     Source:
-        Wang et al. 2022 (arXiv:2211.00593), faithfulness as the ratio of Marks et al. 2024 (arXiv:2403.19647) and
+        Wang et al. 2022 (arXiv:2211.00593), who take means over a corrupted distribution too, template by template and
+        of nodes, not of edges; faithfulness as the ratio of Marks et al. 2024 (arXiv:2403.19647) and
         Mueller et al. 2025 (arXiv:2504.13151). Keys and values shared by a group of heads are one reader here, where
         EAP-IG's code gives every query head its own.
 
     Example:
-        >>> scores = interp.patching.edge_attribution(bridge, p, m, direction="noise")
+        >>> scores = interp.patching.edge_attribution(bridge, p, m, direction="noise", value="mean")
         >>> interp.patching.faithfulness(bridge, p, m, scores, how="greedy").summary()
     """
     choice("ablation", ablation, get_args(Ablation))

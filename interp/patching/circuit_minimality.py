@@ -73,7 +73,7 @@ def minimality(
     metric: Metric,
     circuit: Circuit,
     *,
-    ablation: Ablation = "swap",
+    ablation: Ablation = "mean",
     seed: int = 0,
     memory_budget: int = 2**30,
     batch_size: int | None = None,

@@ -6,7 +6,7 @@ import functools
 import heapq
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -119,6 +119,29 @@ class Circuit:
         rows = [(edge, *edge.split("->")) for edge in self.edges]
         return pd.DataFrame(rows, columns=["edge", "writer", "reader"])
 
+    def plot(
+        self, scores: EdgeScores | xr.DataArray | None = None, *, max_edges: int = 60, title: str | None = None
+    ) -> Any:
+        """Figure of the circuit, its nodes in their layers.
+
+        Args:
+            scores: Of `edge_attribution`, or an array (writer, reader): colours edges by their sign and widens them by
+                their magnitude.
+            max_edges: Draw this many, the strongest; the figure says how many it leaves out. A circuit of more needs
+                scores.
+            title: By default what the scores are.
+        """
+        from interp.patching._drawing import draw_edges
+
+        table, unit, about = scores, "", f"Circuit of {len(self)} edges"
+        if isinstance(scores, EdgeScores):
+            if scores.graph != self.graph:
+                raise ValueError(f"the scores are of {scores.graph}, but the circuit of {self.graph}")
+            table, unit = scores.summed(), str(scores.values.attrs.get("unit", ""))
+            about += f": {scores.method} scores ({scores.direction}, {scores.value})"
+        assert table is None or isinstance(table, xr.DataArray)
+        return draw_edges(self.graph, self.mask, table, max_edges=max_edges, title=title or about, unit=unit)
+
     def __len__(self) -> int:
         return int(self.mask.sum())
 
@@ -222,9 +245,7 @@ def supports(
 ) -> tuple[Graph, Float[Tensor, "writer reader"]]:
     """The graph and what edges are ranked by, larger being better; -inf where there is no edge."""
     if isinstance(scores, EdgeScores):
-        graph, values = scores.graph, scores.mean()
-        if "pos" in values.dims:
-            values = values.sum("pos", skipna=False)
+        graph, values = scores.graph, scores.summed()
         values = values * (-1 if scores.direction == "noise" else 1)
     elif isinstance(scores, xr.DataArray):
         if graph is None or set(scores.dims) != {"writer", "reader"}:

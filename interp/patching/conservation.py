@@ -11,6 +11,7 @@ from torch import Tensor
 
 from interp.hooks.names import device_of
 from interp.models import provenance, require_eval
+from interp.patching._backward import metric_name
 from interp.patching._relevance import relevance
 from interp.patching.rules import Preset, Rules, backward_rules, resolve_rules
 from interp.results import Result, labelled
@@ -105,7 +106,7 @@ def conservation(
         method="conservation",
         preset=name,
         rules=rules.to_dict(),
-        metric={"name": str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__))), "unit": unit},
+        metric={"name": metric_name(metric), "unit": unit},
         cost={"forwards": 1, "backwards": 1},
     )
     return Conservation(

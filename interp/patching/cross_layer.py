@@ -10,6 +10,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from interp.models import Geometry, provenance
+from interp.patching._backward import metric_name
 from interp.patching._batches import Split
 from interp.patching._cells import Positions, _spots, choice, indices
 from interp.patching._cross_sweep import CrossPlan, LayerMap, cross_sweep
@@ -160,7 +161,7 @@ def cross_layer_patch(
         bridge,
         **settings,
         prompts={"name": target.name, "seed": target.seed, "n": n, "tokens": int(tokens.shape[1])},
-        metric={"name": _name(metric), "unit": str(getattr(metric, "unit", "metric"))},
+        metric={"name": metric_name(metric), "unit": str(getattr(metric, "unit", "metric"))},
         cost=swept.cost,
     )
     return _result(swept, unpatched, plan, metric, record, labels=labels, texts=texts, names=names, run=run)
@@ -263,10 +264,6 @@ def _donors(source: Prompts, names: list[str] | None, n_draws: int, seed: int) -
     return donors
 
 
-def _name(metric: Any) -> str:
-    return str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
-
-
 def _result(
     swept: Swept,
     unpatched: Tensor,
@@ -303,5 +300,5 @@ def _result(
     clean, corrupted = (labelled(end, ["example"], {"example": list(range(n))}, unit=unit) for end in ends)
     direction = "noise" if run == "clean" else "denoise"
     return CrossLayerEffects(
-        values, record, clean, corrupted, direction, plan.site, "cross_layer", _name(metric), control
+        values, record, clean, corrupted, direction, plan.site, "cross_layer", metric_name(metric), control
     )

@@ -102,15 +102,32 @@ class EdgeScores(Result):
         """The `k` strongest edges, best first, as `Result.top`, with their names in a column `edge`."""
         return self._named(super().top(k, by=by, reduce=reduce))
 
-    def plot(self) -> Any:
-        """Figure of the mean over examples (and sum over positions): a map of writers and readers."""
-        from interp.plotting import heatmap
-
+    def summed(self) -> xr.DataArray:
+        """Mean over examples of the sum over positions: one score for every edge, (writer, reader)."""
         mean = self.mean()
-        if "pos" in mean.dims:
-            mean = mean.sum("pos", skipna=False, keep_attrs=True)
-        title = f"{self.method} scores of edges ({self.direction}, {self.value})"
-        return heatmap(mean, title=title, unit=f"{self.metric}, {mean.attrs['unit']}")
+        return mean.sum("pos", skipna=False, keep_attrs=True) if "pos" in mean.dims else mean
+
+    def plot(self) -> Any:
+        """Figure of the mean over examples (and sum over positions): a map of writers and readers, or, for a model with
+        too many of them, the drawing that `draw` makes of the strongest edges."""
+        from interp.plotting import MAX_CELLS, heatmap
+
+        scores = self.summed()
+        if scores.size > MAX_CELLS:
+            return self.draw()
+        return heatmap(scores, title=self._title, unit=f"{self.metric}, {scores.attrs['unit']}")
+
+    def draw(self, k: int = 60) -> Any:
+        """Figure of the `k` strongest edges, wherever they are, between nodes in their layers; `Circuit.plot` draws
+        those of a circuit."""
+        from interp.patching._drawing import draw_edges
+
+        unit = str(self.values.attrs.get("unit", ""))
+        return draw_edges(self.graph, self.graph.exists, self.summed(), max_edges=k, title=self._title, unit=unit)
+
+    @property
+    def _title(self) -> str:
+        return f"{self.method} scores of edges ({self.direction}, {self.value})"
 
     def __repr__(self) -> str:
         """What was estimated how, on what, and how it was measured."""

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from typing import Any, Literal
 
 import torch
-from tqdm.auto import tqdm
 
 from interp.models import provenance
 from interp.patching._backward import differentiable, metric_name
-from interp.patching._batches import Split
+from interp.patching._batches import Split, progress_bar
 from interp.patching._cells import Positions, cells, choice
 from interp.patching._edge_parts import blocks_of
 from interp.patching._edge_passes import EdgePasses
@@ -107,8 +105,7 @@ def edge_attribution(
     graph, blocks = graph_of(bridge), blocks_of(bridge, chosen)
     passes = EdgePasses(bridge, graph, blocks, split, base, other, value, where.spots, per_position, chosen, line)
     passes.check()
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with differentiable(bridge), tqdm(total=len(prompts), disable=silent, desc="edges") as bar:
+    with differentiable(bridge), progress_bar(progress, len(prompts), "edges") as bar:
         edges, scores = passes.run(bar.update)
     if line is None:
         _check_slope(metric, scores, direction)

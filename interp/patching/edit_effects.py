@@ -19,7 +19,7 @@ from interp.hooks.names import device_of
 from interp.models import provenance
 from interp.patching._cells import choice, indices
 from interp.patching._measure import checked
-from interp.patching._rank_one import Goal, acting, noised
+from interp.patching._rank_one import Goal, acting, no_metric, noised
 from interp.patching.editing import RankOneEdits, fit_edits, subject_noise
 from interp.results import Result, labelled
 from interp.stats import bootstrap_interval
@@ -54,7 +54,8 @@ class EditEffects(Result):
     def success(self, measure: Measure = "rewrite") -> xr.DataArray:
         """One measure, `(layer, example)`."""
         choice("measure", measure, MEASURES)
-        return self.values.sel(measure=measure, drop=True)
+        chosen = self.values.sel(measure=measure, drop=True)
+        return chosen.assign_attrs(unit="nats") if measure == "nats" else chosen
 
     def interval(self, level: float = 0.95, *, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
         """Mean over the examples where it was measured, with its bootstrap interval: `estimate`, `low`, `high`, each
@@ -144,7 +145,7 @@ def edit_sweep(
         Measures after Meng et al. 2022 (arXiv:2202.05262) and Hase et al. 2023 (arXiv:2301.04213), appendix; theirs of
         the neighbourhood is relative to the probability before, ours is the change itself.
     """
-    checked(bridge, prompts, _last, "resid_pre")
+    checked(bridge, prompts, no_metric, "resid_pre")
     named = indices("layers", layers, int(bridge.cfg.n_layers))
     if neighbours < 0:
         raise ValueError(f"neighbours={neighbours}; expected 0 or more")
@@ -279,7 +280,3 @@ def _neighbours(prompts: Any, by: str, k: int, seed: int) -> tuple[Tensor, Tenso
         pairs += [(int(j), i) for j in rng.choice(free, min(k, len(free)), replace=False)]
     found = torch.tensor(pairs)
     return found[:, 0], found[:, 1]
-
-
-def _last(logits: Tensor) -> Tensor:
-    return logits[:, -1, 0]

@@ -14,7 +14,15 @@ from torch import Tensor
 from interp.models.identity import weights_put_back
 from interp.patching._cells import choice
 from interp.patching._measure import checked, embedding_std, gaussian_rows
-from interp.patching._rank_one import Goal, fit_writes, keys_and_values, listeners, require_mlp, second_moment
+from interp.patching._rank_one import (
+    Goal,
+    fit_writes,
+    keys_and_values,
+    listeners,
+    no_metric,
+    require_mlp,
+    second_moment,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +113,7 @@ def fit_edits(
         five of Hase, Bansal, Kim & Ghandeharioun 2023 (arXiv:2301.04213), section 5.
     """
     choice("goal", goal, get_args(Goal))
-    checked(bridge, prompts, _nothing, "resid_pre")
+    checked(bridge, prompts, no_metric, "resid_pre")
     require_mlp(bridge, layer)
     choice("position", position, prompts.positions)
     where, ends = prompts.positions[position].cpu(), prompts.positions["end"].cpu()
@@ -204,7 +212,3 @@ def _weight(bridge: Any, layer: int) -> Tensor:
             "be edited in place"
         )
     return weight
-
-
-def _nothing(logits: Tensor) -> Tensor:
-    return logits[:, -1, 0]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from interp.results import Result
+from interp.results import Result, interval_arrays
 from interp.stats import bootstrap_interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -103,11 +103,7 @@ class Effects(Result):
             raise ValueError(f"of must be 'effect' or 'recovery', got {of!r}")
         template = cells.isel(example=0, drop=True)
         unit = self.values.attrs.get("unit", "") if of == "effect" else "recovery"
-        arrays = {
-            name: template.copy(data=np.asarray(getattr(found, name), dtype=np.float32)).assign_attrs(unit=unit)
-            for name in ("estimate", "low", "high")
-        }
-        return xr.Dataset(arrays, attrs={"level": level, "of": of})
+        return interval_arrays(found, template, unit=unit, level=level, of=of)
 
     def summary(self, level: float = 0.95) -> pd.DataFrame:
         """One row per cell: mean `effect` with its bounds `low` and `high`, and `recovery` (NaN where undefined)."""

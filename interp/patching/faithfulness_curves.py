@@ -12,7 +12,7 @@ import xarray as xr
 from interp.patching._cells import choice
 from interp.patching.circuits import Circuit
 from interp.patching.graph import Graph
-from interp.results import Result
+from interp.results import Result, interval_arrays
 from interp.stats import Interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -70,11 +70,7 @@ class FaithfulnessCurve(Result):
             *self._gains(), confidence=level, n_resamples=n_resamples, seed=seed
         )  # all circuits share the resamples
         template = self.values.isel(example=0, drop=True)
-        arrays = {
-            name: template.copy(data=np.asarray(getattr(found, name), dtype=np.float32)).assign_attrs(unit="f")
-            for name in ("estimate", "low", "high")
-        }
-        return xr.Dataset(arrays, attrs={"level": level})
+        return interval_arrays(found, template, unit="f", level=level)
 
     def cpr(self, axis: Axis = "linear", *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
         """Integral of f over size (circuit performance ratio), with its bootstrap interval; larger is better.

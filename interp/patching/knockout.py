@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from interp import hooks
 from interp.models import provenance
-from interp.patching._batches import Batch, Split
+from interp.patching._backward import metric_name
+from interp.patching._batches import Batch, Split, progress_bar
 from interp.patching._cells import indices, window_of
 from interp.patching._measure import checked
 from interp.patching._resume import Reader, Resume
@@ -99,8 +98,7 @@ def attention_knockout(
     values, intact = torch.zeros(len(chosen), len(named), n), torch.zeros(n)
     chunks = split.chunks(n, 0)
     ran = 0
-    silent = not progress or os.environ.get("INTERP_PROGRESS") == "0"
-    with tqdm(total=len(chunks) * len(windows), disable=silent, desc="attention knockout") as bar:
+    with progress_bar(progress, len(chunks) * len(windows), "attention knockout") as bar:
         for rows in chunks:
             resid, cache = _run(bridge, prompts.clean[rows].to(split.device), split, min(one[0] for one in windows))
             resume = Resume(bridge, reader, rows, resid[shape.n_layers - 1], cache)
@@ -118,7 +116,6 @@ def attention_knockout(
                     ran += (shape.n_layers - enter) * len(batch) * (batch.stop - batch.start)
                 bar.update()
     unit = str(getattr(metric, "unit", "metric"))
-    name = str(getattr(metric, "name", getattr(metric, "__name__", type(metric).__name__)))
     labels = [f"{source} -> {dest}" for source, dest in chosen]
     examples = list(range(n))
     record = provenance(
@@ -129,7 +126,7 @@ def attention_knockout(
         layers=named,
         edges=[list(edge) for edge in chosen],
         prompts={"name": prompts.name, "seed": prompts.seed, "n": n, "tokens": n_pos},
-        metric={"name": name, "unit": unit},
+        metric={"name": metric_name(metric), "unit": unit},
         cost={
             "forwards_one_per_cell": len(chosen) * len(named) + 1,
             "forward_equivalents": round(ran / (n * n_pos * shape.n_layers) + 1, 3),
@@ -143,7 +140,7 @@ def attention_knockout(
         intact=labelled(intact, ("example",), {"example": examples}, unit=unit),
         pairs=labelled(blocked.sum((-2, -1)), ("edge", "example"), {"edge": labels, "example": examples}, unit="pairs"),
         window=window,
-        metric=name,
+        metric=metric_name(metric),
     )
 
 

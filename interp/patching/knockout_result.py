@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import xarray as xr
 
-from interp.results import Result
+from interp.results import Result, interval_arrays
 from interp.stats import bootstrap_interval, ratio_interval
 
 if TYPE_CHECKING:
@@ -61,11 +61,7 @@ class Knockout(Result):
             raise ValueError(f"of must be 'change' or 'relative', got {of!r}")
         template = values.isel(example=0, drop=True)
         unit = self.values.attrs.get("unit", "") if of == "change" else "share of the intact metric"
-        arrays = {
-            name: template.copy(data=np.asarray(getattr(found, name), dtype=np.float32)).assign_attrs(unit=unit)
-            for name in ("estimate", "low", "high")
-        }
-        return xr.Dataset(arrays, attrs={"level": level, "of": of})
+        return interval_arrays(found, template, unit=unit, level=level, of=of)
 
     def summary(self, level: float = 0.95) -> pd.DataFrame:
         """One row per edge and layer: mean `change` with `low` and `high`, and `relative` (NaN where undefined)."""
@@ -79,10 +75,12 @@ class Knockout(Result):
         from interp.plotting import lines
 
         found = self.interval(of=of)
-        unit = f"{self.metric}, {found['estimate'].attrs['unit']}" if of == "change" else f"share of {self.metric}"
+        what, unit = "Change", f"{self.metric}, {found['estimate'].attrs['unit']}"
+        if of == "relative":
+            what, unit = "Relative change", f"share of {self.metric}"
         return lines(
             found, x="layer", y="estimate", group="edge", interval=("low", "high"), reference=0, unit=unit,
-            title=f"{of.capitalize()} when attention is blocked (source -> reader; {self._windows()})",
+            title=f"{what} when attention is blocked (source -> reader; {self._windows()})",
         )  # fmt: skip
 
     def _windows(self) -> str:

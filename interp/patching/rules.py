@@ -116,8 +116,8 @@ def backward_rules(bridge: Any, preset: Preset | Rules) -> Iterator[Rules]:
         RuntimeError: If rules are active on this bridge already, which would apply both.
 
     Example:
-        >>> with interp.patching.backward_rules(bridge, "relp"):
-        ...     metric(bridge(tokens)).sum().backward()
+        >>> with interp.patching.backward_rules(bridge, "relp"), interp.hooks.taps(bridge, "*.hook_resid_pre") as at:
+        ...     coefficients = torch.autograd.grad(metric(bridge(tokens)).sum(), list(at.values()))
     """
     rules = resolve_rules(preset)
     if bridge in _active:

@@ -7,6 +7,7 @@ cells that were not measured (NaN) are grey.
 
 from interp.plotting.attention import MAX_PATTERN, AttentionView, attention_view
 from interp.plotting.browser import find_browser
+from interp.plotting.circuits import circuit_graph
 from interp.plotting.export import PNG, SavedPNG, png_bytes, save_html, save_png
 from interp.plotting.heatmaps import heatmap, heatmaps, layer_head, layer_position
 from interp.plotting.scatter import scatter
@@ -27,6 +28,7 @@ __all__ = [
     "SavedPNG",
     "attention_view",
     "bars",
+    "circuit_graph",
     "coloured_text",
     "find_browser",
     "heatmap",

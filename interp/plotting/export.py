@@ -142,8 +142,18 @@ def _checked(data: bytes) -> bytes:
     return data
 
 
+def write_text(path: str | os.PathLike[str], text: str) -> Path:
+    """Write a text file that is there whole or not at all, whatever stops the writing."""
+    target = Path(path)
+    _write(target, text.encode("utf-8"))
+    return target
+
+
 def _write(target: Path, data: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    try:
+        partial.write_bytes(data)
+        partial.replace(target)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -37,6 +37,7 @@ def lines(
     x_title: str | None = None,
     reference: float | int | None = None,
     log_x: bool = False,
+    log_y: bool = False,
     height: int = 400,
     width: int = 680,
 ) -> go.Figure:
@@ -50,6 +51,7 @@ def lines(
         title: The variable that is shown.
         unit: Title of the y axis: the quantity with its unit.
         reference: Height of a dashed horizontal line, for example a baseline.
+        log_x, log_y: Logarithmic axes; what is drawn on them must be above 0.
 
     Raises:
         KeyError: If a column does not exist.
@@ -60,6 +62,10 @@ def lines(
     _check(frame, [x, y, group, *(interval or ())], y, interval)
     if not pd.api.types.is_numeric_dtype(frame[x]):
         raise ValueError(f"lines needs numbers on the x axis but the column {x!r} is {frame[x].dtype}; use bars()")
+    upright = [y, *(interval or ())]
+    for column in [*([x] if log_x else []), *(upright if log_y else [])]:
+        if bool((frame[column] <= 0).any()):
+            raise ValueError(f"a logarithmic axis needs numbers above 0, but {column!r} has {frame[column].min():g}")
     figure = go.Figure()
     for colour, name, part in _groups(frame, group):
         part = part.sort_values(x)
@@ -84,12 +90,9 @@ def lines(
                 hovertemplate=hover + (INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
             )
         )
-    figure.update_xaxes(
-        axis_style(x_title or column_title(x), type="log" if log_x else "linear", showgrid=False, zeroline=False)
-    )
-    if log_x:
-        figure.update_xaxes(dtick=1)
-    figure.update_yaxes(axis_style(unit))
+    along = _log_ticks(frame[[x]]) if log_x else {}
+    figure.update_xaxes(axis_style(x_title or column_title(x), showgrid=False, zeroline=False, **along))
+    figure.update_yaxes(axis_style(unit, **(_log_ticks(frame[upright]) if log_y else {})))
     if not log_x and pd.api.types.is_integer_dtype(frame[x]) and frame[x].nunique() <= 20:
         figure.update_xaxes(tickmode="array", tickvals=sorted(int(v) for v in frame[x].unique()))
     return finish(
@@ -252,6 +255,16 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: s
         legendgroup=name,
         name=f"{escape(name)} interval",
     )
+
+
+def _log_ticks(values: pd.DataFrame) -> dict[str, Any]:
+    """Ticks at powers of ten, and at twice and five times these where there are few of them."""
+    numbers = values.to_numpy(dtype=float)
+    low, high = np.log10(np.nanmin(numbers)), np.log10(np.nanmax(numbers))
+    decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
+    steps = (1, 2, 5) if high - low < 3 else (1,)
+    ticks = [step * 10.0**decade for decade in decades for step in steps]
+    return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:g}" for tick in ticks]}
 
 
 def column_title(name: str) -> str:

@@ -85,6 +85,16 @@ def test_a_latent_is_raised_set_and_turned_off(place: Any) -> None:
             assert torch.equal(bridge(tokens)[:, :-1], plain[:, :-1])
         with steer(bridge, vector, 3.0, mode="clamp", gate=torch.zeros(len(tokens))):
             assert torch.equal(bridge(tokens), plain)
+        with hooks.reads(bridge, vector.hook) as intact:
+            bridge(tokens)
+        for keep_norm in (False, True):
+            with (
+                steer(bridge, vector, 3.0, mode="clamp", keep_norm=keep_norm),
+                hooks.reads(bridge, vector.hook) as held,
+            ):
+                bridge(tokens)
+            lengths = [found[vector.hook].flatten(2).norm(dim=-1) for found in (intact, held)]
+            assert torch.allclose(*lengths, atol=1e-4) == keep_norm
         assert torch.equal(bridge(tokens), plain)
 
 

@@ -88,6 +88,14 @@ def test_a_run_is_written_as_it_is_read(tmp_path: Path) -> None:
     assert third.data == store and third.hooks == [HOOK, TARGET]
 
 
+def test_a_record_is_good_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = read_training_file(write(tmp_path, GOOD)).runs[""]
+    monkeypatch.chdir(tmp_path)
+    record = training_record(run, TrainingData(model="tiny", tokens="tokens.npy"))
+    assert record["data"]["tokens"] == str(tmp_path / "tokens.npy") and record["model"] == "tiny"
+    assert training_record(run, TrainingData(store="store"))["data"] == {"store": str(tmp_path / "store")}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -177,6 +185,17 @@ def test_a_model_and_its_tokens_are_opened(tmp_path: Path, monkeypatch: pytest.M
         file.data.open(["blocks.1.hook_mlp_outt"])
     trained = train(file.runs[""], source)
     assert trained.d_in == 32 and bool(torch.isfinite(trained.W_dec).all())
+
+
+def test_every_setting_of_the_data_arrives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bridge, asked = tiny_bridge("llama"), []
+    monkeypatch.setattr(training_file, "load_model", lambda *_, **options: asked.append(options) or bridge)
+    monkeypatch.setattr(training_file, "read_tokens", lambda *_, **options: asked.append(options) or tiny_tokens(8, 6))
+    data = {**GOOD["data"], "length": 6, "skip_first": 3, "dtype": "bfloat16"}
+    np.save(tmp_path / "tokens.npy", tiny_tokens(8, 6).numpy())
+    source: Any = read_training_file(write(tmp_path, changed(data=data))).open()
+    assert [options.get("dtype", options.get("length")) for options in asked] == ["bfloat16", 6]
+    assert source.skip_first == 3
 
 
 def test_gradient_dictionaries_get_their_gradient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
@@ -184,3 +185,38 @@ def test_wrong_requests() -> None:
         select_circuit(holes.mean("example"), 3, graph=PLAIN)
     with pytest.raises(ValueError, match="do not fit a graph"):
         select_circuit(found.mean(), 3, graph=GROUPED)
+
+
+def drawn(figure: Any) -> list[str]:
+    """Names of the edges that are drawn."""
+    names = [trace.name for trace in figure.data if trace.legendgroup and not trace.showlegend]
+    return sorted(name.replace("&lt;", "<").replace("&gt;", ">") for name in names)
+
+
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_every_edge_of_a_circuit_is_drawn(graph: Graph) -> None:
+    found = random_scores(graph)
+    circuit = select_circuit(found, 12, prune=False)
+    for figure in (circuit.plot(), circuit.plot(found), circuit.plot(found.summed())):
+        assert drawn(figure) == sorted(circuit.edges)
+    signs = {edge: float(found.summed().values[graph.place(edge)]) > 0 for edge in circuit}
+    for trace in circuit.plot(found).data:
+        if trace.legendgroup and not trace.showlegend:
+            edge = trace.name.replace("&lt;", "<").replace("&gt;", ">")
+            assert trace.legendgroup.startswith("positive" if signs[edge] else "negative")
+    figure = circuit.plot(found, max_edges=5, title="Five")
+    assert figure.layout.title.text == "Five" and drawn(figure) == sorted(select_circuit(found, 5, prune=False).edges)
+    assert any("the 5 strongest of 12 edges" in note.text for note in figure.layout.annotations)
+    with pytest.raises(ValueError, match="the scores are of"):
+        Circuit.full(Graph(1, 1, 1, False)).plot(found)
+    with pytest.raises(ValueError, match="no edges"):
+        Circuit.of(graph).plot()
+
+
+def test_scores_of_a_large_model_are_drawn_and_of_a_small_one_mapped() -> None:
+    """GPT-2 small has more pairs of a writer and a reader than a map may hold."""
+    small, large = random_scores(PLAIN), random_scores(Graph(12, 12, 12, False), n=1)
+    assert small.plot().data[0].type == "heatmap" and drawn(small.draw(3)) == sorted(small.top(3)["edge"])
+    figure = large.plot()
+    assert drawn(figure) == sorted(large.top(60)["edge"])
+    assert any("the 60 strongest of 32491 edges; 32431 are not" in note.text for note in figure.layout.annotations)

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from interp.patching import EditEffects, edit_sweep, edited_weights, fit_edits
+from interp.patching._rank_one import noised
+from interp.patching.editing import subject_noise
 from interp.prompts import Prompts
 from tests.helpers import FAMILIES, N_LAYERS, tiny_bridge, tiny_tokens
 from tests.patching.oracle import N, prompts
@@ -99,13 +101,41 @@ def test_every_measure_is_that_of_edited_weights(family: str, goal: Any, facts: 
 def test_forcing_is_measured_under_the_noise_it_was_fitted_under(facts: Prompts, paraphrases: Prompts) -> None:
     bridge = tiny_bridge("gpt2")
     found = edit_sweep(
-        bridge, facts, goal="force", layers=[1], paraphrases=[paraphrases], neighbours=1, noise=1.0, **FIT
+        bridge, facts, goal="force", layers=[1], paraphrases=[paraphrases], neighbours=3, noise=1.0, **FIT
     )
     assert float(found.success("nats").min()) > 0.01
     plain = said(bridge, facts.clean, facts.positions["end"], facts.answers)
     assert abs(found.before.values - plain.numpy()).min() > 1e-5
     assert found.provenance["noise"] == 1.0 and found.goal == "force"
-    assert (found.success("neighbourhood") > 0.5).all()
+    edits = fit_edits(bridge, facts, 1, goal="force", noise=1.0, **FIT)
+    every, end = torch.arange(N), facts.positions["end"]
+    for i, row in ((1, [0, 2]), (3, [1])):
+        others = [j for j in every.tolist() if j != i]
+        near = (facts.clean[others], end[others], facts.answers[others])
+        again = (paraphrases.clean[row], torch.full((len(row),), 8), facts.answers[i].repeat(len(row)))
+        # the noise that belongs to the example, where its subject stands here; neighbours are asked without any
+        where = paraphrases.positions["subject"][row]
+        noise = subject_noise(bridge, torch.tensor([i] * len(row)), where, 10, edits.noise_std, edits.seed)
+        intact = said(bridge, *near)
+        with noised(bridge, noise):
+            before = said(bridge, *again)
+        with edited_weights(bridge, edits, i):
+            kept = 1 - (said(bridge, *near) - intact).abs()
+            with noised(bridge, noise):
+                gained = (said(bridge, *again) - before) / (1 - before)
+        cell = found.values.isel(layer=0, example=i)
+        assert float(cell.sel(measure="neighbourhood")) == pytest.approx(float(kept.mean()), abs=2e-5)
+        assert float(cell.sel(measure="paraphrase")) == pytest.approx(float(gained.mean()), abs=2e-5)
+
+
+def test_neighbours_are_drawn_among_others_by_the_seed(facts: Prompts) -> None:
+    bridge = tiny_bridge("gpt2")
+    options: dict[str, Any] = {"layers": [1], "neighbours": 1, **FIT}
+    drawn = [edit_sweep(bridge, facts, **options, seed=seed).success("neighbourhood") for seed in (0, 1, 0)]
+    assert drawn[0].identical(drawn[2]) and not drawn[0].identical(drawn[1])
+    two = replace(facts[[0, 1]], foils=facts.answers[[1, 0]])  # the only other fact has the answer that is injected
+    with pytest.raises(ValueError, match="example 0 has no neighbour"):
+        edit_sweep(bridge, two, **options)
 
 
 def test_result(facts: Prompts, tmp_path: Any) -> None:
@@ -115,6 +145,7 @@ def test_result(facts: Prompts, tmp_path: Any) -> None:
     interval = found.interval()
     assert np.allclose(interval["estimate"].sel(measure="rewrite"), found.success().mean("example"), atol=1e-6)
     assert np.isnan(interval["low"].sel(measure="paraphrase")).all()
+    assert found.success("nats").attrs["unit"] == "nats" and found.success().attrs["unit"] == "score"
     assert list(found.summary()) == ["layer", "rewrite", "paraphrase", "neighbourhood", "nats"]
     figure = found.plot()
     assert "inject" in figure.layout.title.text and "paraphrase" not in str(figure.to_plotly_json()["data"])

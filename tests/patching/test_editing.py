@@ -117,6 +117,13 @@ def test_what_is_written_serves_the_goal_within_its_bound(family: str, goal: Any
     assert (large.noise_std > 0) == (goal == "force")
 
 
+def test_noise_is_in_standard_deviations_of_the_embeddings(facts: Prompts) -> None:
+    bridge = tiny_bridge("llama")
+    for noise in (0.5, 2.0):
+        edits = fit_edits(bridge, facts, 1, goal="force", steps=1, noise=noise)
+        assert edits.noise_std == pytest.approx(noise * float(bridge.W_E.std()), rel=1e-5)
+
+
 def test_the_first_step_goes_up_the_gradient(facts: Prompts) -> None:
     """Adam's first step is the sign of the gradient; finite differences of a whole forward know it too."""
     bridge = tiny_bridge("gemma2", dtype=torch.float64)
@@ -149,6 +156,8 @@ def test_no_other_listener_disturbs_the_background_less() -> None:
     plain = keys / keys.pow(2).sum(-1, keepdim=True)
     assert (least < 0.8 * (sample @ plain.T).pow(2).mean(0)).all()
     assert torch.allclose(listeners(keys, moment, 1e9), plain, atol=1e-6)  # all ridge: the key itself
+    # the ridge is in units of the moment: neurons ten times as large are listened to a tenth as hard
+    assert torch.allclose(10 * listeners(10 * keys, 100 * moment, 0.1), listeners(keys, moment, 0.1))
 
 
 def test_the_second_moment_is_over_all_positions_of_the_background(facts: Prompts) -> None:

@@ -101,6 +101,8 @@ def test_groups_and_edges_of_facts() -> None:
     assert list(groups) == ["first", "subject", "relation", "last"]
     assert torch.stack(list(groups.values())).sum(0).eq(1).all()  # every token in one group
     assert groups["subject"].sum(1).tolist() == [2] * N and groups["last"].sum(1).tolist() == [1] * N
+    opening = token_groups(p, subject=0)  # a subject that opens the prompt is the subject, and nothing is first
+    assert list(opening) == ["subject", "relation", "last"] and opening["subject"][:, 0].all()
     early = type(p)(
         p.clean, p.corrupted, p.answers, p.foils, {"end": torch.full((N,), 5), "subject": p.positions["s1"]}
     )
@@ -125,7 +127,7 @@ def test_result(tmp_path: Any) -> None:
     assert len(table) == len(EDGES) * N_LAYERS
     figure = found.plot(of="relative")
     assert figure.layout.yaxis.title.text == "share of answer_prob" and len(found.top(3)) == 3
-    assert "one layer at a time" in figure.layout.title.text
+    assert "Relative change" in figure.layout.title.text and "one layer at a time" in figure.layout.title.text
     loaded = Knockout.load(found.save(tmp_path / "k.nc"))
     assert loaded.values.identical(found.values) and loaded.pairs.identical(found.pairs)
 

@@ -78,15 +78,15 @@ def test_frozen_attention_does_not_find_what_it_cannot(known: Any) -> None:
 @pytest.mark.parametrize("name", ["induction", "xor"])
 def test_sufficient_complete_and_minimal(known: Any, name: str) -> None:
     bridge, p, metric, truth = known[name]
-    kept = faithfulness(bridge, p, metric, truth)
+    kept = faithfulness(bridge, p, metric, truth, ablation="swap")
     assert np.allclose(kept.values.values[0], kept.model.values, atol=1e-4)  # in every example
     assert float(kept.faithfulness()[0]) == pytest.approx(1, abs=1e-4)
-    rest = faithfulness(bridge, p, metric, truth, of="complement")
+    rest = faithfulness(bridge, p, metric, truth, ablation="swap", of="complement")
     assert np.allclose(rest.values.values[0], rest.empty.values, atol=1e-4)
-    found = minimality(bridge, p, metric, truth)
+    found = minimality(bridge, p, metric, truth, ablation="swap")
     assert set(found.values["edge"].values) == set(truth.edges)
     assert (found.values.mean("example").values > 0.05).all()
-    whole = minimality(bridge, p, metric, Circuit.full(truth.graph)).values.mean("example")
+    whole = minimality(bridge, p, metric, Circuit.full(truth.graph), ablation="swap").values.mean("example")
     assert (np.abs(whole.where(~whole["edge"].isin(truth.edges), 0).values) < 1e-4).all()  # the others are idle
 
 
@@ -94,7 +94,7 @@ def test_an_edge_less_breaks_induction(known: Any) -> None:
     """Without the edge that says what to look for, or the one that says where it is, the answer is not found."""
     bridge, p, metric, truth = known["induction"]
     without = {edge: truth - Circuit.of(truth.graph, [edge]) for edge in truth}
-    curve = faithfulness(bridge, p, metric, without)
+    curve = faithfulness(bridge, p, metric, without, ablation="swap")
     f = dict(zip(curve.values["circuit"].values.tolist(), curve.faithfulness().values.tolist(), strict=True))
     assert f["a1.h0->logits"] == pytest.approx(0, abs=1e-4)
     # head a1.h0 then attends everywhere alike, and moves a little of every token
@@ -117,9 +117,9 @@ def test_the_linear_micro_model_by_hand(edges: list[str], answer: tuple[int, int
     bridge = bridge_of(micro_model())
     ablated = Circuit.of(graph_of(bridge), edges)
     for token, expected in enumerate(answer):
-        curve = faithfulness(bridge, one_token(0, 1), logit(token), ablated.complement())
+        curve = faithfulness(bridge, one_token(0, 1), logit(token), ablated.complement(), ablation="swap")
         assert curve.values.item() == pytest.approx(expected, abs=1e-5)
         assert curve.model.item() == (25, 49)[token]
         assert curve.empty.item() == (-25, -49)[token]
-        rest = faithfulness(bridge, one_token(0, 1), logit(token), ablated, of="complement")
+        rest = faithfulness(bridge, one_token(0, 1), logit(token), ablated, ablation="swap", of="complement")
         assert rest.values.item() == curve.values.item()

@@ -68,6 +68,50 @@ def test_resamples_are_of_whole_examples() -> None:
     assert float(found.increment.sel(bound="high")) == pytest.approx(high, abs=0.02)
 
 
+def test_chance_exchanges_whole_examples() -> None:
+    """Where layers of one example are alike, an exchange has as many things to exchange as there are examples."""
+    rng = np.random.default_rng(0)
+    x, y = (cells(np.tile(rng.standard_normal(EXAMPLES), (LAYERS, 1))) for _ in range(2))
+    y[:, :] += 1e-3 * rng.standard_normal(y.shape)
+    found = score_localisation(x, y, n_resamples=10, n_permutations=400)
+    # the mean square correlation of n random pairs, which LAYERS * n pairs would make smaller
+    assert float(found.increment.sel(bound="chance")) == pytest.approx(1 / (EXAMPLES - 1), rel=0.25)
+
+
+def test_the_level_is_that_of_the_intervals() -> None:
+    x, y = planted(0.5, noise=1.0)
+    half, most = (score_localisation(x, y, level=level, n_resamples=200, n_permutations=9) for level in (0.5, 0.95))
+    for wide, narrow in ((most.increment, half.increment), (most.slope, half.slope)):
+        assert float(wide.sel(bound="low")) < float(narrow.sel(bound="low"))
+        assert float(narrow.sel(bound="high")) < float(wide.sel(bound="high"))
+
+
+def test_held_out_by_hand() -> None:
+    """Least squares on the other folds, for folds drawn here: they hardly matter where each holds two examples."""
+    x, y = planted(0.5, between=0.3, noise=1.0)
+    found = score_localisation(x, y, folds=EXAMPLES // 2, **FAST).values.sel(bound="heldout").values
+    a, b = x.values.astype(float), y.values.astype(float)
+    errors, about = np.zeros(4), 0.0
+    for k in range(EXAMPLES // 2):
+        test = np.arange(EXAMPLES) // 2 == k
+
+        def designs(part: np.ndarray) -> list[np.ndarray]:
+            values = a[:, part].ravel()
+            dummies = np.kron(np.eye(LAYERS), np.ones((int(part.sum()), 1)))
+            return [
+                np.stack([np.ones_like(values), values], 1), dummies, np.c_[dummies, values],
+                np.c_[dummies, dummies * values[:, None]],
+            ]  # fmt: skip
+
+        left, seen = b[:, test].ravel(), b[:, ~test].ravel()
+        fits = [np.linalg.lstsq(design, seen, rcond=None)[0] for design in designs(~test)]
+        errors += [((left - design @ fit) ** 2).sum() for design, fit in zip(designs(test), fits, strict=True)]
+        about += ((left - seen.mean()) ** 2).sum()
+    assert found == pytest.approx(1 - errors / about, abs=0.01)
+    few = score_localisation(x, y, folds=2, **FAST).values.sel(bound="heldout").values
+    assert (few[1:] < found[1:]).all()  # fitted on half of the examples
+
+
 def test_held_out_is_least_squares_on_the_rest() -> None:
     x, y = planted(0.5, noise=1.0)
     found = score_localisation(x, y, folds=EXAMPLES // 2, **FAST)
@@ -121,6 +165,13 @@ def test_choosing_a_layer() -> None:
     assert float(means.sel(rule="oracle")) == pytest.approx((5 * 1.0 + 15 * 0.8) / 20)
     assert float(means.sel(rule="random")) == pytest.approx(y.mean())
     assert found.choices()["rule"].tolist() == ["traced", "best", "oracle", "random"]
+
+
+def test_best_is_the_best_of_the_other_examples() -> None:
+    y = np.zeros((2, 20))
+    y[0, 0], y[1] = 12.0, 0.5  # layer 0 is the best on average, by example 0 alone
+    found = score_localisation(cells(y), cells(y), **FAST)
+    assert found.chosen.sel(rule="best").values.tolist() == [0.5] + [0.0] * 19
 
 
 def test_a_localisation_that_is_constant_in_a_layer_explains_nothing_there() -> None:

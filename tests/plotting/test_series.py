@@ -37,6 +37,17 @@ def test_lines_sort_by_x_and_take_labelled_arrays() -> None:
     assert list(both.data[0].error_y.array) == [1.0, 1.0]
 
 
+def test_logarithmic_axes_have_ticks_between_powers_of_ten_and_refuse_zero() -> None:
+    frame = pd.DataFrame({"n": [8, 16, 32], "value": [0.02, 0.3, 4.0], "low": [0.0, 0.2, 3.0], "high": [1.0, 1.0, 5.0]})
+    figure = plotting.lines(frame, x="n", log_x=True, log_y=True, title="A title", unit="units")
+    assert figure.layout.xaxis.type == figure.layout.yaxis.type == "log"
+    assert {10, 20} < set(figure.layout.xaxis.tickvals) and {0.02, 0.05, 0.1, 1, 2} < set(figure.layout.yaxis.tickvals)
+    wide = plotting.lines(frame.assign(n=[1, 10, 10_000]), x="n", log_x=True, title="A title", unit="units")
+    assert list(wide.layout.xaxis.ticktext) == ["1", "10", "100", "1000", "10000"]
+    with pytest.raises(ValueError, match="above 0, but 'low' has 0"):
+        plotting.lines(frame, x="n", log_y=True, interval=("low", "high"), title="A title", unit="units")
+
+
 def test_bars_keep_the_order_and_draw_the_interval() -> None:
     frame = pd.DataFrame(
         {"head": ["L9H6", "L2H1", "L<4>"], "value": [2.0, -1.0, 1.0], "low": [1.5, -3.0, 0.0], "high": [3.0, 0, 1]}

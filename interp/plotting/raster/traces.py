@@ -114,7 +114,8 @@ def _fill(panel: Panel, x: np.ndarray, y: np.ndarray, fill: Any) -> Any:
     for part in np.split(np.arange(len(x)), np.flatnonzero(gap)):
         part = part[~gap[part]]
         if len(part):
-            (handle,) = panel.ax.fill(x[part], y[part], color=fill, linewidth=0)
+            # as high as lines are, so that what comes later is on top, as in the browser
+            (handle,) = panel.ax.fill(x[part], y[part], color=fill, linewidth=0, zorder=2)
     return handle
 
 
