@@ -49,6 +49,8 @@ _HOMES: dict[str, str] = {
     "sparse_probing": "interp.dictionaries.probing",
     "DictionaryReport": "interp.dictionaries.evaluation",
     "evaluate": "interp.dictionaries.evaluation",
+    "Dashboard": "interp.dictionaries.dashboards",
+    "dashboard": "interp.dictionaries.dashboards",
     "SNMF": "interp.dictionaries.snmf",
     "HierarchicalSNMF": "interp.dictionaries.hierarchy",
     "SteeringLatent": "interp.dictionaries.vectors",
@@ -117,6 +119,8 @@ __all__: list[str] = [
     "sweep",
     "load_dictionary",
     "save_dictionary",
+    "Dashboard",
+    "dashboard",
     "ARCHITECTURES",
     "BatchTopKSAE",
     "Dictionary",
@@ -212,6 +216,7 @@ if TYPE_CHECKING:
     from interp.dictionaries.architectures import ARCHITECTURES, build
     from interp.dictionaries.batch_topk import BatchTopKSAE
     from interp.dictionaries.concept_scores import ConceptScores, concept_score, label_concept_scores, sentence_maxima
+    from interp.dictionaries.dashboards import Dashboard, dashboard
     from interp.dictionaries.detection import Detection, assign_features, auroc, detect_concepts
     from interp.dictionaries.dictionary import Dictionary, Step
     from interp.dictionaries.directions import (

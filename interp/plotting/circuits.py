@@ -75,7 +75,8 @@ def circuit_graph(
     total, scored = len(edges), "score" in edges.columns
     frame = _strongest(edges, max_edges)
     nodes: dict[_Key, _Node] = {}
-    ends = [(_writer(row.writer), *_reader(row.reader, group)) for row in frame.itertuples()]
+    names = list(zip(frame["writer"].astype(str), frame["reader"].astype(str), strict=True))
+    ends = [(_writer(writer), *_reader(reader, group)) for writer, reader in names]
     for writer, reader, kind in ends:
         for key in (writer, reader):
             nodes.setdefault(key, _node(key, group, parallel))
@@ -86,11 +87,11 @@ def circuit_graph(
     scores = frame["score"].to_numpy(dtype=float) if scored else np.ones(total)
     largest = np.abs(scores).max() or 1.0
     used: dict[tuple[str, str], None] = {}
-    for (writer, reader, kind), score, row in zip(ends, scores, frame.itertuples(), strict=True):
+    for (writer, reader, kind), score, edge in zip(ends, scores, names, strict=True):
         sign = "" if not scored else "positive" if score >= 0 else "negative"
         used[sign, kind] = None
         x, y = _curve(nodes, writer, reader, kind, box, width)
-        name = escape(f"{row.writer}->{row.reader}")
+        name = escape("->".join(edge))
         figure.add_scatter(
             x=x, y=y, mode="lines", name=name, legendgroup=f"{sign} {kind}", showlegend=False, opacity=0.8,
             line={"color": COLOURS[sign], "dash": KINDS[kind],

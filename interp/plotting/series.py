@@ -90,9 +90,9 @@ def lines(
                 hovertemplate=hover + (INTERVAL_HOVER if interval else "") + f"<extra>{escape(name)}</extra>",
             )
         )
-    along = _log_ticks(frame[[x]]) if log_x else {}
+    along = _log_ticks(frame[x].to_numpy(dtype=float)) if log_x else {}
     figure.update_xaxes(axis_style(x_title or column_title(x), showgrid=False, zeroline=False, **along))
-    figure.update_yaxes(axis_style(unit, **(_log_ticks(frame[upright]) if log_y else {})))
+    figure.update_yaxes(axis_style(unit, **(_log_ticks(frame[upright].to_numpy(dtype=float)) if log_y else {})))
     if not log_x and pd.api.types.is_integer_dtype(frame[x]) and frame[x].nunique() <= 20:
         figure.update_xaxes(tickmode="array", tickvals=sorted(int(v) for v in frame[x].unique()))
     return finish(
@@ -257,9 +257,8 @@ def _band(x: np.ndarray, low: np.ndarray, high: np.ndarray, colour: str, name: s
     )
 
 
-def _log_ticks(values: pd.DataFrame) -> dict[str, Any]:
+def _log_ticks(numbers: np.ndarray) -> dict[str, Any]:
     """Ticks at powers of ten, and at twice and five times these where there are few of them."""
-    numbers = values.to_numpy(dtype=float)
     low, high = np.log10(np.nanmin(numbers)), np.log10(np.nanmax(numbers))
     decades = range(int(np.floor(low)), int(np.ceil(high)) + 1)
     steps = (1, 2, 5) if high - low < 3 else (1,)

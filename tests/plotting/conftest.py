@@ -62,7 +62,12 @@ def figures(effects: xr.DataArray, table: pd.DataFrame) -> dict[str, go.Figure]:
         "heatmaps": plotting.heatmaps({"resid_pre": effects, "attn_out": 2 * effects, "z": heads}, **words),
         "lines": plotting.lines(table, x="layer", group="direction", interval=interval, reference=1, **words),
         "log lines": plotting.lines(
-            pd.DataFrame({"n": [1, 10, 1000], "value": [1.0, 2.0, 3.0]}), x="n", log_x=True, log_y=True, reference=2, **words
+            pd.DataFrame({"n": [1, 10, 1000], "value": [1.0, 2.0, 3.0]}),
+            x="n",
+            log_x=True,
+            log_y=True,
+            reference=2,
+            **words,
         ),
         "bars": plotting.bars(table, x="layer", group="direction", interval=interval, **words),
         "horizontal bars": plotting.bars(
