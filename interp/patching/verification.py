@@ -12,8 +12,10 @@ import xarray as xr
 from interp.patching._cells import choice
 from interp.patching._comparing import CHECKED, GROUPS, Checked, Group, weighted_statistics
 from interp.patching._measure import effects_of
-from interp.patching._rerun import rerun
+from interp.patching._rerun import Rerun, rerun
+from interp.patching._verify_edges import EdgeRerun, rerun_edges
 from interp.patching.agreement import BOUNDS, flat, unsigned
+from interp.patching.edge_scores import EdgeScores
 from interp.patching.effects import Effects
 from interp.results import Result, labelled
 from interp.types import Metric
@@ -149,7 +151,7 @@ def verify(
     bridge: Any,
     prompts: Any,
     metric: Metric,
-    scores: Effects,
+    scores: Effects | EdgeScores,
     *,
     k: int = 20,
     n_random: int = 20,
@@ -174,7 +176,8 @@ def verify(
     (about half of that, see `activation_patch`) and 5 more, in `result.provenance["cost"]`.
 
     Args:
-        scores: From `attribution_patch`, one site.
+        scores: From `attribution_patch`, one site; or from `edge_attribution`: then edges are the cells, each replaced
+            alone by `path_patch`, and all of them are taken to matter.
         k: Top cells to patch, by magnitude of the mean score; all that can matter if there are fewer (precision@k is
             then NaN, since k of k always agree).
         n_random: Others to patch; all others that can matter if there are fewer.
@@ -205,12 +208,20 @@ def verify(
         )
     if not 0 < level < 1 or n_resamples < 100:
         raise ValueError(f"level={level} must lie between 0 and 1, and n_resamples={n_resamples} be at least 100")
-    again = rerun(
-        bridge, prompts, metric, scores, dictionary=dictionary, memory_budget=memory_budget, batch_size=batch_size
-    )
+    again: Rerun | EdgeRerun
+    if isinstance(scores, EdgeScores):
+        if dictionary is not None:
+            raise ValueError("dictionary= is for scores of latents, and these are of edges")
+        again = rerun_edges(bridge, prompts, metric, scores, memory_budget=memory_budget, batch_size=batch_size)
+        scores = again.scores
+        matter = np.ones(scores.values.sizes["edge"], dtype=bool)
+    else:
+        again = rerun(
+            bridge, prompts, metric, scores, dictionary=dictionary, memory_budget=memory_budget, batch_size=batch_size
+        )
+        matter = again.to_cells(again.matter(bridge)).ravel()
     mean = scores.mean().values.astype(np.float64)
     order = np.argsort(-abs(mean).ravel(), kind="stable")
-    matter = again.to_cells(again.matter(bridge)).ravel()
     group = np.where(matter, 0, -1)
     # a score other than 0 where nothing can matter is an error of the method, and stays in the top
     group[order[(matter | (mean.ravel() != 0))[order]][:k]] = 2
@@ -219,17 +230,28 @@ def verify(
     group[chosen] = 1
     group = group.reshape(mean.shape)
 
-    swept = again.sweep(bridge, again.to_grid(group > 0), progress=progress)
-    exact = effects_of(
-        bridge, prompts, metric, again.where, swept, again.intact,
-        site=scores.site, direction=scores.direction, value=scores.value, settings={"method": "verify"},  # type: ignore[arg-type]
-    )  # fmt: skip
+    if isinstance(again, EdgeRerun):
+        exact = again.patch(bridge, prompts, metric, group > 0, progress=progress)
+        dims, cost = scores.cells, dict(exact.provenance["cost"])
+        cost["forwards_full_sweep"] = mean.size + cost["forwards"] - int((group > 0).sum())
+        cost["forwards"] += 1  # the intact one
+    else:
+        swept = again.sweep(bridge, again.to_grid(group > 0), progress=progress)
+        exact = effects_of(
+            bridge, prompts, metric, again.where, swept, again.intact,
+            site=scores.site, direction=scores.direction, value=scores.value, settings={"method": "verify"},  # type: ignore[arg-type]
+        )  # fmt: skip
+        dims, draws = again.dims, len(again.plan.tokens) // len(prompts)
+        runs = 3 * draws  # the two that `matter` reads, and the intact one
+        cost = swept.cost | {
+            "forwards": round(swept.cost["forward_equivalents"] + runs, 3),
+            "forwards_full_sweep": mean.size * draws + 2 * draws,
+        }
     counts = {"k": int((group == 2).sum()), "n_random": len(chosen)}
     found = weighted_statistics(
-        flat(exact, again.dims), flat(scores, again.dims), group.ravel(), len(others),
+        flat(exact, dims), flat(scores, dims), group.ravel(), len(others),
         no_sign=unsigned(scores), level=level, n_resamples=n_resamples, seed=seed,
     )  # fmt: skip
-    draws = len(again.plan.tokens) // len(prompts)
     notes = []
     if unsigned(scores):
         notes.append("the scores have no sign: compared with the magnitude of the exact effects")
@@ -239,11 +261,6 @@ def verify(
         notes.append("too few random cells to say anything of those outside the top")
     if len(prompts) < 2:
         notes.append("one example: no interval")
-    runs = 3 * draws  # the two that `matter` reads, and the intact one
-    cost = swept.cost | {
-        "forwards": round(swept.cost["forward_equivalents"] + runs, 3),
-        "forwards_full_sweep": mean.size * draws + 2 * draws,
-    }
     record = exact.provenance | {
         "method": str(scores.provenance.get("method", "approximation")),
         "site": scores.site, "direction": scores.direction, "value": scores.value, "seed": seed, "level": level,
@@ -252,7 +269,7 @@ def verify(
     }  # fmt: skip
     names = {"group": list(GROUPS), "statistic": list(CHECKED), "bound": list(BOUNDS)}
     values = exact.values.transpose(*scores.values.dims)
-    template = scores.values.isel(example=0, drop=True).transpose(*again.dims)
+    template = scores.values.isel(example=0, drop=True).transpose(*dims)
     result = Verification(
         values, record, scores.values, template.copy(data=group.astype(np.int8)).assign_attrs({}),
         labelled(found, list(names), names), **counts, warn_below=float(warn_below),
@@ -261,7 +278,7 @@ def verify(
         warnings.warn(
             f"{record['method']} scores of {scores.site} are not borne out by exact patching: "
             f"{'; '.join(result.poor)}; from the top {result.k} and {result.n_random} random "
-            "cells. Use activation_patch, or another method",
+            f"cells. Use {'path_patch' if scores.site == 'edge' else 'activation_patch'}, or another method",
             PoorApproximation,
             stacklevel=2,
         )

@@ -13,7 +13,7 @@ from scipy import stats
 
 from interp import hooks, metrics
 from interp.models import geometry
-from interp.patching import Effects, activation_patch, causal_trace
+from interp.patching import Effects, activation_patch, agreement, causal_trace, edge_attribution, path_patch
 from interp.patching._comparing import weighted_statistics
 from interp.patching.attribution import attribution_patch
 from interp.patching.verification import PoorApproximation, Verification, verify
@@ -229,6 +229,40 @@ def test_attribution_scores_are_verified_as_they_come() -> None:
     magnitudes = attribution_patch(bridge, p, metric, sites=["mlp_out"], grad_drop=True)["mlp_out"]
     found = check(bridge, p, metric, magnitudes, k=4, n_random=4)
     assert "no sign" in repr(found) and np.isnan(found.estimate("sign")) and np.isfinite(found.pearson)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_scores_of_edges_are_verified_in_one_call(family: str) -> None:
+    """The patched edges have the effects that path_patch gives; with all edges it is the agreement of the whole."""
+    bridge, p = tiny_bridge(family), prompts()
+    metric = metrics.logit_difference(p)
+    scores = edge_attribution(bridge, p, metric, method="relp", direction="noise", positions=["s2", "end"])
+    found = check(bridge, p, metric, scores, k=6, n_random=5)
+    frame = found.to_dataframe()
+    assert list(frame["group"]).count("top") == 6 and list(frame["group"]).count("random") == 5
+    assert set(frame["edge"][:6]) == set(scores.top(6)["edge"])
+    exact = path_patch(bridge, p, metric, list(frame["edge"]), direction="noise", positions=["s2", "end"])
+    np.testing.assert_allclose(frame["exact"], exact.mean().values, rtol=1e-4, atol=1e-6)
+    assert found.provenance["n_cells"] == scores.graph.n_edges and "scores (edge, noise)" in repr(found)
+    assert found.provenance["cost"]["forwards"] < 20 < found.provenance["cost"]["forwards_full_sweep"]
+    with pytest.raises(ValueError, match="another metric"):
+        verify(bridge, p, metrics.answer_prob(p), scores)
+    with pytest.raises(ValueError, match="these are of edges"):
+        verify(bridge, p, metric, scores, dictionary=object())
+
+
+def test_all_edges_checked_is_their_agreement_with_path_patching() -> None:
+    bridge, p = tiny_bridge("gpt2"), prompts()
+    metric = metrics.logit_difference(p)
+    scores = edge_attribution(bridge, p, metric)
+    edges = scores.top(30)["edge"]
+    few = dataclasses.replace(scores, values=scores.values.where(scores.graph.mask(edges).numpy()[..., None]))
+    with pytest.raises(ValueError, match="are NaN or infinite"):
+        verify(bridge, p, metric, few)
+    found = check(bridge, p, metric, scores, k=10, n_random=10**6)
+    whole = agreement(path_patch(bridge, p, metric, scores.graph.edges()), scores.effects(), k=10, n_resamples=100)
+    assert found.pearson == pytest.approx(whole.pearson, abs=1e-5)
+    assert found.precision == pytest.approx(whole.precision, abs=1e-9)
 
 
 def test_figure_table_and_file(tmp_path: Any) -> None:
