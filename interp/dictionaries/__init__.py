@@ -107,6 +107,17 @@ _HOMES: dict[str, str] = {
     "GroupEffects": "interp.dictionaries.groups",
     "family_groups": "interp.dictionaries.groups",
     "amplify_groups": "interp.dictionaries.groups",
+    "gradient_pursuit": "interp.dictionaries.pursuit",
+    "DarkMatter": "interp.dictionaries.error_parts",
+    "dark_matter": "interp.dictionaries.error_parts",
+    "error_source": "interp.dictionaries.error_parts",
+    "ErrorScaling": "interp.dictionaries.error_relations",
+    "error_scaling": "interp.dictionaries.error_relations",
+    "EarlierLayers": "interp.dictionaries.error_relations",
+    "earlier_layer_prediction": "interp.dictionaries.error_relations",
+    "ErrorShares": "interp.dictionaries.error_losses",
+    "error_ce_shares": "interp.dictionaries.error_losses",
+    "PlantedError": "interp.dictionaries.planted_error",
 }
 
 __all__: list[str] = [
@@ -210,6 +221,17 @@ __all__: list[str] = [
     "GroupEffects",
     "family_groups",
     "amplify_groups",
+    "gradient_pursuit",
+    "DarkMatter",
+    "dark_matter",
+    "error_source",
+    "ErrorScaling",
+    "error_scaling",
+    "EarlierLayers",
+    "earlier_layer_prediction",
+    "ErrorShares",
+    "error_ce_shares",
+    "PlantedError",
 ]
 
 if TYPE_CHECKING:
@@ -226,6 +248,14 @@ if TYPE_CHECKING:
         last_activations,
         principal_direction,
         reading_direction,
+    )
+    from interp.dictionaries.error_losses import ErrorShares, error_ce_shares
+    from interp.dictionaries.error_parts import DarkMatter, dark_matter, error_source
+    from interp.dictionaries.error_relations import (
+        EarlierLayers,
+        ErrorScaling,
+        earlier_layer_prediction,
+        error_scaling,
     )
     from interp.dictionaries.evaluation import DictionaryReport, evaluate
     from interp.dictionaries.feature_absorption import Absorption, absorption
@@ -249,7 +279,9 @@ if TYPE_CHECKING:
     from interp.dictionaries.matryoshka import MatryoshkaSAE, prefix_widths
     from interp.dictionaries.mutual_choice import MutualChoiceSAE
     from interp.dictionaries.planted import PlantedSource, recovery
+    from interp.dictionaries.planted_error import PlantedError
     from interp.dictionaries.probing import Probing, sparse_probing
+    from interp.dictionaries.pursuit import gradient_pursuit
     from interp.dictionaries.reading import FeatureReading, label_features, read_features
     from interp.dictionaries.relu import ReLUSAE
     from interp.dictionaries.rows import TokenRows, label_masks, token_rows
