@@ -8,7 +8,9 @@ the gradients: |W_dec g| of language models is far below 1, and a latent's score
 not.
 
 Source: Olmo et al., Findings of NAACL 2025. Its tables and code were not at hand; the form is that of the summary, and
-it is tested on planted data, not against the paper.
+it is tested on planted data, not against the paper. There it finds a feature that TopK misses in a setting that was
+searched for (study 11); in most others it does not, since what is chosen for its effect learns all that its tokens have
+left over.
 """
 
 from __future__ import annotations
