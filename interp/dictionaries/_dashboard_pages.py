@@ -5,24 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
+from interp.dictionaries import _dashboard_tables
 from interp.dictionaries._dashboard_columns import Columns
 from interp.dictionaries._dashboard_contexts import (
-    Facets,
     Places,
     bands,
     cluster_facets,
     label_facets,
     token_facets,
-    token_table,
 )
 from interp.dictionaries._dashboard_directions import Effects, Nearest
 from interp.dictionaries._dashboard_labels import LabelScores
+from interp.dictionaries._dashboard_options import Options
 from interp.dictionaries.features import token_texts
 from interp.dictionaries.rows import TokenRows
 from interp.neurons.contexts import contexts_of
@@ -34,33 +33,6 @@ N_BINS = 40
 _N_BANDS, _PER_BAND = 4, 5
 _N_FACET, _PER_FACET = 60, 3
 _NEGATIVE = 0.05  # of the largest magnitude: a smaller negative side is not shown
-_N_LABELS, _N_TOKENS = 10, 8
-
-
-@dataclass(frozen=True)
-class Options:
-    """What pages show, and how much of it."""
-
-    facets: Facets
-    n_contexts: int
-    n_tokens: int
-    n_neighbours: int
-    window: tuple[int, int]
-    seed: int
-
-    def check(self, labelled: bool) -> None:
-        if self.facets not in get_args(Facets):
-            raise ValueError(f"facets={self.facets!r}; expected one of {', '.join(get_args(Facets))}")
-        if self.facets == "label" and not labelled:
-            raise ValueError("facets='label' needs labels; see interp.dictionaries.label_masks")
-        for name in ("n_contexts", "n_tokens", "n_neighbours"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if len(self.window) != 2 or min(self.window) < 0:
-            raise ValueError(f"window={self.window}; expected two numbers of tokens, before and after, from 0")
-
-    def record(self) -> dict[str, Any]:
-        return {**vars(self), "window": list(self.window)}
 
 
 class Pages:
@@ -87,6 +59,7 @@ class Pages:
         self.occurrences = np.bincount(self.ids)
         self._bridge, self._places = bridge, Places(rows, options.window)
         self._texts: dict[int, str] = {}
+        self._controls: dict[int, str] = {}  # of facets by cluster, by the number of contexts
         known = self.texts(np.unique(rows.tokens.numpy()))
         # nothing stands between tokens where they carry their own spaces
         self.glue = "" if any(text.startswith(" ") for text in known.values()) else " "
@@ -140,12 +113,12 @@ class Pages:
             edges = np.linspace(*ends, N_BINS + 1)
             counts = histogram(values, edges)
             scores = None if self.labels is None else self.labels.of(tokens, values, float(columns.level[unit]))
-            tables = [
-                *([] if scores is None else [self._label_table(scores)]),
-                self._token_table(unit, tokens, values),
-                *([] if near is None else [self._nearest(near[0][place], near[1][place])]),
-                self._coactive(unit, correlations[place], together[place]),
-            ]
+            tables = self._tables(
+                unit, tokens, values, scores, None if near is None else (near[0][place], near[1][place])
+            )
+            tables.append(_dashboard_tables.of_coactive(
+                unit, columns, correlations[place], together[place], self.names, self.kind, self.options.n_neighbours
+            ))  # fmt: skip
             subtitle = f"{self.kind} {unit} of {len(self.names):,} at {self.rows.hook}"
             below = low[place] if shown else []
             written = (
@@ -163,6 +136,24 @@ class Pages:
                 signed=shown, glue=self.glue,
             ))  # fmt: skip
         return pages
+
+    def _tables(
+        self,
+        unit: int,
+        tokens: np.ndarray,
+        values: np.ndarray,
+        scores: dict[str, np.ndarray] | None,
+        near: tuple[np.ndarray, np.ndarray] | None,
+    ) -> list[Table]:
+        """Labels if there are any, tokens, and the nearest directions if there are directions."""
+        found = []
+        if scores is not None and self.labels is not None:
+            found.append(_dashboard_tables.of_labels(self.labels, scores))
+        on = values > self.columns.level[unit]
+        found.append(_dashboard_tables.of_tokens(self.ids[tokens[on]], values[on], self.occurrences, self._texts))
+        if near is not None and self.nearest is not None:
+            found.append(_dashboard_tables.of_nearest(*near, self.names, self.kind, self.nearest.note))
+        return found
 
     def record(self) -> tuple[tuple[str, str], ...]:
         """The provenance in words."""
@@ -267,13 +258,21 @@ class Pages:
             found = token_facets(self.ids, self._texts, rows)
         else:
             found, p = cluster_facets(self.rows.values, rows, seed=self.options.seed)
-            note = f"; p of one cloud {p:.3g}" if np.isfinite(p) else "; too few contexts to divide"
+            note = f"; p of one cloud {p:.3g}{self._control(len(rows))}" if np.isfinite(p) else "; too few to divide"
         out = []
         for title, base, mine in found:
             share = f"{len(mine)} of {len(rows)}, {len(mine) / len(rows):.0%}{note}"
             known = f"; {base:.1%} of all tokens" if title and np.isfinite(base) else ""
             out.append((title if title else "others" if len(found) > 1 else "not divided", share + known, mine))
         return out
+
+    def _control(self, n: int) -> str:
+        """Whether as many tokens drawn at random divide as well: then a division says nothing about the unit."""
+        if n not in self._controls:
+            drawn = np.random.default_rng(self.options.seed).choice(self.columns.n_tokens, n, replace=False)
+            parts, p = cluster_facets(self.rows.values, drawn.tolist(), seed=self.options.seed)
+            self._controls[n] = f" (of as many tokens at random: {len(parts)} found, p {p:.3g})"
+        return self._controls[n]
 
     def _context(self, row: int, column: np.ndarray) -> Context:
         from interp.plotting.latent_page import Context
@@ -299,56 +298,6 @@ class Pages:
             f"vocabulary; later layers are not in it. The largest effect of a random direction is {median:.1f} spreads "
             f"over the vocabulary (95 %: below {high:.1f}); spreads on hovering."
         )
-
-    def _label_table(self, scores: dict[str, np.ndarray]) -> Table:
-        from interp.plotting.latent_page import Table
-
-        assert self.labels is not None
-        rows = [
-            (one["label"], one["auroc"], f"{one['low']:.3f}–{one['high']:.3f}" if np.isfinite(one["low"]) else "–",
-             one["share"], one["recall"], one["base"])
-            for one in self.labels.table(scores, _N_LABELS)
-            if np.isfinite(one["correlation"]) and np.isfinite(one["auroc"])
-        ]  # fmt: skip
-        note = (
-            "Ranked by correlation on every second document, scored on the others. Precision: of the tokens it fires "
-            "on, those with the label; recall: of those with the label, where it fires; base: the label's share."
-        )
-        columns = ("label", "AUROC", "interval", "precision", "recall", "base")
-        constant = "It does not vary on the documents that rank labels."
-        return Table("Labels", note if rows else constant, columns, tuple(rows))
-
-    def _token_table(self, unit: int, tokens: np.ndarray, values: np.ndarray) -> Table:
-        from interp.plotting.latent_page import Table
-
-        on = values > self.columns.level[unit]
-        found = token_table(self.ids[tokens[on]], self.occurrences, values[on], _N_TOKENS)
-        rows = tuple((self._texts[i], n, of, mean, share) for i, n, of, mean, share in found)
-        note = "Tokens that carry most of its activation where it fires, and on how many of their occurrences it does."
-        columns = ("token", "fires", "of", "mean", "share of activation")
-        return Table("Tokens it fires on", note if rows else "None.", columns, rows, ("token",))
-
-    def _nearest(self, cosines: np.ndarray, ids: np.ndarray) -> Table:
-        from interp.plotting.latent_page import Link, Table
-
-        pairs = [(int(i), float(c)) for i, c in zip(ids, cosines, strict=True) if i >= 0]
-        rows = tuple((Link(i, self.names[i]), c) for i, c in pairs)
-        assert self.nearest is not None
-        return Table("Nearest directions", self.nearest.note, (self.kind, "cosine"), rows)
-
-    def _coactive(self, unit: int, correlation: np.ndarray, together: np.ndarray) -> Table:
-        from interp.plotting.latent_page import Link, Table
-
-        fires, n = max(int(self.columns.fires[unit]), 1), self.columns.n_tokens
-        others = np.where(np.arange(len(correlation)) == unit, np.nan, correlation)
-        order = np.argsort(-np.nan_to_num(others, nan=-2.0), kind="stable")[: self.options.n_neighbours]
-        rows = tuple(
-            (Link(int(i), self.names[i]), float(others[i]), float(together[i]) / fires, int(self.columns.fires[i]) / n)
-            for i in order
-            if np.isfinite(others[i])
-        )  # fmt: skip
-        note = "Correlation of activations over tokens; how often they fire where this one does, and in all."
-        return Table("Most co-active", note, (self.kind, "correlation", "fires with it", "in all"), rows)
 
 
 def histogram(values: np.ndarray, edges: np.ndarray) -> np.ndarray:

@@ -17,7 +17,8 @@ from interp.dictionaries._dashboard_directions import Effects, Nearest
 from interp.dictionaries._dashboard_folder import Folder
 from interp.dictionaries._dashboard_index import index_of
 from interp.dictionaries._dashboard_labels import LabelScores
-from interp.dictionaries._dashboard_pages import Options, Pages
+from interp.dictionaries._dashboard_options import Options
+from interp.dictionaries._dashboard_pages import Pages
 from interp.dictionaries.dictionary import Dictionary
 from interp.dictionaries.rows import TokenRows
 from interp.dictionaries.snmf import SNMF
@@ -209,7 +210,7 @@ def dashboard(
         threshold: A unit fires above this share of its largest activation, and above 0.
         facets: How the strongest contexts are divided: by `"label"` (the default where there are labels), by `"token"`,
             or by `"cluster"` (Ward, of the rows' activations; a division is shown if it stands out from one cloud, see
-            `interp.neurons.facets`; slower).
+            `interp.neurons.facets`, and the page says whether as many tokens drawn at random divide as well; slower).
         effects: False for directions that are not written to the residual stream.
         n_contexts, n_tokens, n_neighbours: How many contexts, tokens of each side, and neighbours.
         window: Tokens before and after.

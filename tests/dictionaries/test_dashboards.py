@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import json
 import re
@@ -270,6 +271,17 @@ def test_clusters_find_two_kinds_of_activations_and_not_one() -> None:
     values[:20, 1] += 12
     parts, p = cluster_facets(values, range(60), seed=0)
     assert [sorted(mine) for _, _, mine in parts] == [list(range(20, 60)), list(range(20))] and p < 0.05
+
+
+def test_a_division_that_any_tokens_have_is_shown_beside_that_of_random_ones() -> None:
+    rows, bridge = stream_rows(), tiny_bridge("llama")
+    values = noise(len(rows), 16, seed=4)
+    values[::2, 0] += 12  # every second token lies elsewhere, whatever the unit does
+    values[1::2, 1] += 12
+    acts = noise(len(rows), 2, seed=5).abs()
+    board = dashboard(bridge, dataclasses.replace(rows, values=values), acts, facets="cluster", kind="latent")
+    notes = [group.note for group in board.show(0).groups if group.section.startswith("Facets")]
+    assert len(notes) == 2 and all(re.search(r"at random: 2 found, p 0\.0", note) for note in notes)
 
 
 def test_a_negative_side_is_shown_and_a_dead_unit_says_so() -> None:
