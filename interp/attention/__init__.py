@@ -57,6 +57,10 @@ _HOMES = {
     "name_mover_scores": "interp.attention.copying",
     "ov_copying": "interp.attention.copying",
     "successor_scores": "interp.attention.copying",
+    "PrefixInduction": "interp.attention.long_prefix",
+    "PrefixSequences": "interp.attention._prefix_sequences",
+    "prefix_induction": "interp.attention.long_prefix",
+    "prefix_sequences": "interp.attention._prefix_sequences",
     "CompositionScores": "interp.attention.composition",
     "composition_scores": "interp.attention.composition",
     "prefix_matching_from_weights": "interp.attention.composition",
@@ -168,6 +172,10 @@ __all__ = [
     "name_mover_scores",
     "ov_copying",
     "successor_scores",
+    "PrefixInduction",
+    "PrefixSequences",
+    "prefix_induction",
+    "prefix_sequences",
     "CompositionScores",
     "composition_scores",
     "prefix_matching_from_weights",
@@ -231,6 +239,7 @@ __all__ = [
 if TYPE_CHECKING:
     from interp.attention._masking_curve import MaskingCurve, masking_curve
     from interp.attention._patterns import reduce_patterns
+    from interp.attention._prefix_sequences import PrefixSequences, prefix_sequences
     from interp.attention._scoring import score_rows
     from interp.attention._stream_result import AttentionRows, AttentionStream
     from interp.attention.backcopy import BackcopyTask, backcopy_task
@@ -267,6 +276,7 @@ if TYPE_CHECKING:
     from interp.attention.entropy import EntropyScores, attention_entropy, column_entropy, row_entropy
     from interp.attention.haystacks import generate_haystack, insert_needles, needle_grid
     from interp.attention.head_scores import HeadScores
+    from interp.attention.long_prefix import PrefixInduction, prefix_induction
     from interp.attention.masking import head_means, masked_heads, matched_random_heads
     from interp.attention.massive import (
         MassiveActivations,

@@ -12,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from interp.cache import capture
+from interp.cache._reading import layouts
+from interp.hooks import resolve
 from interp.models import provenance
 
 
@@ -20,7 +22,7 @@ class TokenRows:
     """Activations of the kept tokens of some documents, in reading order.
 
     Attributes:
-        values: [token, unit], on the model's device.
+        values: [token, unit], on the model's device; units are in the hook's order, head by head where it has heads.
         tokens: The documents [batch, pos] as they were run, padding included.
         row: [token], which document each kept token stands in.
         position: [token], where in it.
@@ -83,28 +85,31 @@ def token_rows(
     """One activation row per token of these documents, without the tokens in `skip_tokens`. One forward per batch.
 
     Args:
-        hook: A hook with one vector per token, such as `interp.hooks.hook_name("post", layer)` for MLP neurons.
+        hook: A hook with one vector per token, such as `interp.hooks.hook_name("neuron", layer)` for MLP neurons.
+            Several axes per token, such as the heads of `hook_name("z", layer)`, are flattened, as dictionaries do.
         skip_tokens: Ids that get no row: padding, and BOS, whose activations are of another size than all others. The
             documents are run whole.
 
     Raises:
         KeyError: If the hook does not exist on this model.
-        ValueError: If the hook does not hold one vector per token, or no row is left.
+        ValueError: If the hook does not hold numbers per token, or no row is left.
     """
     tokens = tokens.cpu()
     skipped = torch.tensor(sorted(set(map(int, skip_tokens))), dtype=tokens.dtype)
     keep = ~torch.isin(tokens, skipped)
     if not bool(keep.any()):
         raise ValueError(f"skip_tokens={list(skip_tokens)} leaves no token of the {tokens.numel()} given")
-    found = capture(bridge, tokens, hook, batch_size=batch_size)[hook]
-    if found.ndim != 3 or tuple(found.shape[:2]) != tuple(tokens.shape):
+    layout = layouts(bridge, [resolve(bridge, hook)])[hook]
+    if layout.row_shape in (None, ()) or not layout.floating:
         raise ValueError(
-            f"{hook!r} is {tuple(found.shape)} on tokens {tuple(tokens.shape)}; expected one vector per token, such as "
-            f"hook_name('post', layer)"
+            f"{hook!r} is {(len(tokens), *layout.shape(tokens.shape[1]))} on tokens {tuple(tokens.shape)}; expected "
+            f"one vector per token, such as hook_name('neuron', layer)"
         )
+    found = capture(bridge, tokens, hook, batch_size=batch_size)[hook]
     row, position = keep.nonzero(as_tuple=True)
     record = provenance(bridge, hook=hook, n_tokens=len(row), n_documents=len(tokens), skip_tokens=skipped.tolist())
-    return TokenRows(found[row.to(found.device), position.to(found.device)], tokens, row, position, hook, record)
+    values = found[row.to(found.device), position.to(found.device)].flatten(1)
+    return TokenRows(values, tokens, row, position, hook, record)
 
 
 def label_masks(

@@ -21,7 +21,7 @@ from interp.dictionaries import (
 )
 from interp.dictionaries.concept_scores import CASES, STATISTICS
 from interp.hooks import hook_name
-from tests.helpers import D_MLP, FAMILIES, tiny_bridge, tiny_tokens
+from tests.helpers import D_HEAD, D_MLP, FAMILIES, N_HEADS, tiny_bridge, tiny_tokens
 
 
 def made_rows(values: torch.Tensor, per_document: int = 10) -> TokenRows:
@@ -80,10 +80,30 @@ def test_rows_are_the_activations_of_kept_tokens_in_reading_order(family: str) -
     assert torch.equal(grid[kept], rows.values)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_of_several_axes_per_token_are_flattened_head_by_head(family: str) -> None:
+    bridge, tokens = tiny_bridge(family), tiny_tokens(3, 7)
+    _, cache = bridge.run_with_cache(tokens)
+    for site in ("z", "v"):
+        hook = hook_name(site, 1)
+        rows = token_rows(bridge, tokens, hook, skip_tokens=[0], batch_size=2)
+        kept = cache[hook][tokens != 0]
+        heads = [kept[:, head] for head in range(kept.shape[1])]
+        torch.testing.assert_close(rows.values, torch.cat(heads, 1), atol=1e-5, rtol=1e-4)
+        assert rows.grid(rows.values).shape == (3, 7, len(heads) * D_HEAD)
+
+
 def test_rows_refuse_hooks_without_a_vector_per_token_and_nothing_left() -> None:
     bridge, tokens = tiny_bridge("llama"), tiny_tokens()
-    with pytest.raises(ValueError, match="expected one vector per token"):
-        token_rows(bridge, tokens, hook_name("z", 0))
+    square = tiny_tokens(2, N_HEADS)  # as many heads as positions: shapes alone do not tell
+    pattern = hook_name("pattern", 0)
+    for hook, given in ((pattern, tokens), (pattern, square), ("embed.hook_in", tokens)):
+        with pytest.raises(ValueError, match="expected one vector per token"):
+            token_rows(bridge, given, hook)
+    with pytest.raises(ValueError, match="does not hold examples"):
+        token_rows(bridge, tokens, "rotary_emb.hook_cos")
+    with pytest.raises(KeyError, match="no hook point"):
+        token_rows(bridge, tokens, "blocks.9.hook_mlp_out")
     with pytest.raises(ValueError, match="leaves no token of the 18"):
         token_rows(bridge, tokens, hook_name("neuron", 0), skip_tokens=range(60))
     rows = token_rows(bridge, tokens, hook_name("neuron", 0))
