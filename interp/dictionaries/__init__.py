@@ -103,6 +103,11 @@ _HOMES: dict[str, str] = {
     "FeatureReading": "interp.dictionaries.reading",
     "read_features": "interp.dictionaries.reading",
     "label_features": "interp.dictionaries.reading",
+    "HeadPolysemanticity": "interp.dictionaries.head_groups",
+    "head_polysemanticity": "interp.dictionaries.head_groups",
+    "label_groups": "interp.dictionaries.firing_labels",
+    "label_latents": "interp.dictionaries.firing_labels",
+    "random_latents": "interp.dictionaries.firing_labels",
     "FamilyGroups": "interp.dictionaries.groups",
     "GroupEffects": "interp.dictionaries.groups",
     "family_groups": "interp.dictionaries.groups",
@@ -118,6 +123,34 @@ _HOMES: dict[str, str] = {
     "ErrorShares": "interp.dictionaries.error_losses",
     "error_ce_shares": "interp.dictionaries.error_losses",
     "PlantedError": "interp.dictionaries.planted_error",
+    "FeatureAttribution": "interp.dictionaries.head_attribution",
+    "HeadWeights": "interp.dictionaries.head_attribution",
+    "direct_feature_attribution": "interp.dictionaries.head_attribution",
+    "head_weights": "interp.dictionaries.head_attribution",
+    "RecursiveAttribution": "interp.dictionaries.recursive_parts",
+    "recursive_attribution": "interp.dictionaries.recursive_parts",
+    "Rule": "interp.dictionaries.concept_rules",
+    "Reasoning": "interp.dictionaries.concept_rules",
+    "forward_chain": "interp.dictionaries.concept_rules",
+    "Propositions": "interp.dictionaries.propositions",
+    "fit_propositions": "interp.dictionaries.propositions",
+    "reason": "interp.dictionaries.text_reasoning",
+    "ConceptEdit": "interp.dictionaries.concept_edits",
+    "VectorEdit": "interp.dictionaries.concept_edits",
+    "SetLatents": "interp.dictionaries.concept_edits",
+    "RandomEdit": "interp.dictionaries.concept_edits",
+    "ConceptSteering": "interp.dictionaries.concept_steering",
+    "steer_by_concept": "interp.dictionaries.concept_steering",
+    "CuedTexts": "interp.dictionaries.spurious_cues",
+    "ProbeAttribution": "interp.dictionaries.spurious_cues",
+    "attribute_probe": "interp.dictionaries.spurious_cues",
+    "fit_text_probe": "interp.dictionaries.spurious_cues",
+    "pooled_activations": "interp.dictionaries.spurious_cues",
+    "units_as_latents": "interp.dictionaries.spurious_cues",
+    "without_latents": "interp.dictionaries.spurious_cues",
+    "Shift": "interp.dictionaries.shifting",
+    "label_judge": "interp.dictionaries.shifting",
+    "shift": "interp.dictionaries.shifting",
 }
 
 __all__: list[str] = [
@@ -217,6 +250,11 @@ __all__: list[str] = [
     "FeatureReading",
     "read_features",
     "label_features",
+    "HeadPolysemanticity",
+    "head_polysemanticity",
+    "label_groups",
+    "label_latents",
+    "random_latents",
     "FamilyGroups",
     "GroupEffects",
     "family_groups",
@@ -232,12 +270,43 @@ __all__: list[str] = [
     "ErrorShares",
     "error_ce_shares",
     "PlantedError",
+    "FeatureAttribution",
+    "HeadWeights",
+    "direct_feature_attribution",
+    "head_weights",
+    "RecursiveAttribution",
+    "recursive_attribution",
+    "Rule",
+    "Reasoning",
+    "forward_chain",
+    "Propositions",
+    "fit_propositions",
+    "reason",
+    "ConceptEdit",
+    "VectorEdit",
+    "SetLatents",
+    "RandomEdit",
+    "ConceptSteering",
+    "steer_by_concept",
+    "CuedTexts",
+    "ProbeAttribution",
+    "attribute_probe",
+    "fit_text_probe",
+    "pooled_activations",
+    "units_as_latents",
+    "without_latents",
+    "Shift",
+    "label_judge",
+    "shift",
 ]
 
 if TYPE_CHECKING:
     from interp.dictionaries.architectures import ARCHITECTURES, build
     from interp.dictionaries.batch_topk import BatchTopKSAE
+    from interp.dictionaries.concept_edits import ConceptEdit, RandomEdit, SetLatents, VectorEdit
+    from interp.dictionaries.concept_rules import Reasoning, Rule, forward_chain
     from interp.dictionaries.concept_scores import ConceptScores, concept_score, label_concept_scores, sentence_maxima
+    from interp.dictionaries.concept_steering import ConceptSteering, steer_by_concept
     from interp.dictionaries.dashboards import Dashboard, dashboard
     from interp.dictionaries.detection import Detection, assign_features, auroc, detect_concepts
     from interp.dictionaries.dictionary import Dictionary, Step
@@ -268,9 +337,17 @@ if TYPE_CHECKING:
         neuron_groups,
         output_tokens,
     )
+    from interp.dictionaries.firing_labels import label_groups, label_latents, random_latents
     from interp.dictionaries.gated import GatedSAE
     from interp.dictionaries.gradient_sae import GradientSAE
     from interp.dictionaries.groups import FamilyGroups, GroupEffects, amplify_groups, family_groups
+    from interp.dictionaries.head_attribution import (
+        FeatureAttribution,
+        HeadWeights,
+        direct_feature_attribution,
+        head_weights,
+    )
+    from interp.dictionaries.head_groups import HeadPolysemanticity, head_polysemanticity
     from interp.dictionaries.hierarchy import HierarchicalSNMF
     from interp.dictionaries.jumprelu import JumpReLUSAE
     from interp.dictionaries.kl_strength import KLStrengths, strength_for_kl
@@ -281,13 +358,25 @@ if TYPE_CHECKING:
     from interp.dictionaries.planted import PlantedSource, recovery
     from interp.dictionaries.planted_error import PlantedError
     from interp.dictionaries.probing import Probing, sparse_probing
+    from interp.dictionaries.propositions import Propositions, fit_propositions
     from interp.dictionaries.pursuit import gradient_pursuit
     from interp.dictionaries.reading import FeatureReading, label_features, read_features
+    from interp.dictionaries.recursive_parts import RecursiveAttribution, recursive_attribution
     from interp.dictionaries.relu import ReLUSAE
     from interp.dictionaries.rows import TokenRows, label_masks, token_rows
+    from interp.dictionaries.shifting import Shift, label_judge, shift
     from interp.dictionaries.snmf import SNMF
     from interp.dictionaries.sources import LiveSource, StoreSource, TensorSource
     from interp.dictionaries.splicing import Spliced, spliced
+    from interp.dictionaries.spurious_cues import (
+        CuedTexts,
+        ProbeAttribution,
+        attribute_probe,
+        fit_text_probe,
+        pooled_activations,
+        units_as_latents,
+        without_latents,
+    )
     from interp.dictionaries.stability import Matching, Stability, match_features, seed_stability
     from interp.dictionaries.steering import Knob, generate_steered, steer
     from interp.dictionaries.steering_comparison import compare_steering
@@ -295,6 +384,7 @@ if TYPE_CHECKING:
     from interp.dictionaries.steering_result import SteeringComparison
     from interp.dictionaries.steering_scores import Concept, fluency, harmonic_mean, label_log_odds, relative_fluency
     from interp.dictionaries.sweeping import Sweep, SweepFailed, sweep
+    from interp.dictionaries.text_reasoning import reason
     from interp.dictionaries.topk import TopKSAE
     from interp.dictionaries.training import TrainingDiverged, dry_run, train, train_many
     from interp.dictionaries.training_config import TrainingConfig
