@@ -49,7 +49,7 @@ def main(device: str = "cpu", quick: bool = False) -> list[dict[str, Any]]:
 
     def recursive() -> Tensor:
         table = recursive_attribution(bridge, sae, tokens, 0, upstream=[below]).to_dataframe()
-        return torch.tensor(table[table["kind"] == "latent"]["contribution"].to_numpy())
+        return torch.tensor(table.loc[(table["kind"] == "latent").to_numpy(), "contribution"].to_numpy())
 
     found, seconds, gap = versus(
         device,
@@ -81,12 +81,12 @@ def forward(bridge: Any, tokens: Tensor, layer: int) -> None:
 
 
 @torch.no_grad()
-def needed(bridge: Any, tokens: Tensor, layer: int, *dictionaries: TopKSAE) -> None:
-    with reads(bridge, [one.hook for one in dictionaries]) as found:
+def needed(bridge: Any, tokens: Tensor, layer: int, first: TopKSAE, *below: TopKSAE) -> None:
+    with reads(bridge, [one.hook for one in (first, *below)]) as found:
         forward(bridge, tokens, layer)
-    for one in dictionaries:  # of the layer that is read at the last position alone, if another is below it
+    for one in (first, *below):  # of the layer that is read at the last position alone, if another is below it
         z = found[one.hook].flatten(2)
-        one.encode(z[:, -1:] if one is dictionaries[0] and len(dictionaries) > 1 else z)
+        one.encode(z[:, -1:] if one is first and below else z)
 
 
 @torch.no_grad()

@@ -112,12 +112,15 @@ class PrefixInduction(Result):
         frame = found.to_dataframe().reset_index().dropna(subset=["estimate"])
         frame["name"] = [f"L{layer}H{head}" for layer, head in zip(frame["layer"], frame["head"], strict=True)]
         if heads is None:
-            heads = list(frame.groupby("name")["estimate"].max().sort_values(ascending=False).index[:k])
+            best = frame.sort_values("estimate", ascending=False).drop_duplicates("name")
+            heads = [str(name) for name in best["name"].iloc[:k]]
         if missing := sorted(set(heads) - set(frame["name"])):
             raise KeyError(f"no heads {missing} with a score {name!r}; names are such as {frame['name'].iloc[0]!r}")
-        shown = frame[frame["name"].isin(list(heads))].rename(columns={"name": "head name", "head": "number"})
+        shown = frame.loc[frame["name"].isin(list(heads)).to_numpy()].rename(
+            columns={"name": "head name", "head": "number"}
+        )
         order = {head: i for i, head in enumerate(heads)}
-        shown = shown.sort_values(["head name", "length"], key=lambda c: c.map(order) if c.name == "head name" else c)
+        shown = shown.assign(order=shown["head name"].map(order)).sort_values(["order", "length"], kind="stable")
         titles = {"induction": "Attention to what followed the match", "preference": "Longer match minus shorter match"}
         chance = float(self.chance.mean()) if name not in DIFFERENCES else 0.0
         return lines(

@@ -66,7 +66,7 @@ def of_coactive(
     others = np.where(np.arange(len(correlation)) == unit, np.nan, correlation)
     order = np.argsort(-np.nan_to_num(others, nan=-2.0), kind="stable")[:n]
     rows = tuple(
-        (Link(int(i), names[i]), float(others[i]), float(together[i]) / fires,
+        (Link(int(i), names[int(i)]), float(others[i]), float(together[i]) / fires,
          int(columns.fires[i]) / columns.n_tokens)
         for i in order
         if np.isfinite(others[i])

@@ -76,12 +76,12 @@ def paths(found: RecursiveAttribution, k: int, example: int | None) -> pd.DataFr
     """See `RecursiveAttribution.paths`."""
     rows = found.to_dataframe()
     if example is not None:
-        rows = rows[rows["example"] == example]
+        rows = rows.loc[(rows["example"] == example).to_numpy()]
     strongest = _strongest_heads(found)
     spots = ["example", "depth", "node", "component", "latent", "src", "token"]
-    leaves = rows[~rows["split"]]
+    leaves = rows.loc[~rows["split"].to_numpy(dtype=bool)]
     main = leaves.loc[leaves["contribution"].abs().groupby([leaves[spot] for spot in spots], sort=False).idxmax()]
-    summed = leaves.groupby(spots, sort=False)["contribution"].sum().reset_index()
+    summed = leaves.groupby(spots, sort=False)[["contribution"]].sum().reset_index()
     summed["head"] = main["head"].values
     order = summed["contribution"].abs().sort_values(ascending=False, kind="stable").index[:k]
     chosen = summed.loc[order].reset_index(drop=True)
@@ -148,7 +148,7 @@ def figure(found: RecursiveAttribution, k: int, example: int) -> go.Figure:
     if not 0 <= example < n:
         raise ValueError(f"example={example} was not measured; there are {n}")
     rows = found.top(len(found.values), reduce=("head", "path"))
-    rows = rows[rows["example"] == example].head(k)
+    rows = rows.loc[(rows["example"] == example).to_numpy()].head(k)
     latent = [f" {number}" if number >= 0 else "" for number in rows["latent"]]
     names = rows["component"] + latent + " at " + rows["src"].astype(str) + " " + rows["token"].map(repr)
     shown = pd.DataFrame({"term": names.values, "value": rows["contribution"].values, "kind": rows["kind"].values})

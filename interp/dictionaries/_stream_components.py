@@ -59,11 +59,11 @@ def held_norm(bridge: Any, norm: Any, x: Float[Tensor, "example pos d_model"], y
         gain = _gain(bridge, norm).to(x.device)
         probe = torch.where(torch.arange(d_model) % 2 == 0, 1.0, -1.0).to(like).reshape(1, 1, -1)
         bias = ((norm(probe).double() + norm(-probe).double()) / 2).flatten()
-        y = norm(x.to(like)) if y is None else y
+        given: Tensor = norm(x.to(like)) if y is None else y
     centred = geometry(bridge).norm == "LayerNorm"
     held = HeldNorm(gain, bias, centred, x.new_ones(x.shape[:2]).double())
     lin = held.linear(x.double())
-    inverse = ((y.double() - bias) * lin).sum(-1) / lin.square().sum(-1).clamp_min(1e-30)
+    inverse = ((given.double() - bias) * lin).sum(-1) / lin.square().sum(-1).clamp_min(1e-30)
     return HeldNorm(gain, bias, centred, inverse)
 
 

@@ -44,9 +44,29 @@ class ConceptSteering(Result):
     baseline_right: xr.DataArray
     steered: xr.DataArray
 
-    def best(self, by: Literal["log_prob", "right"] = "log_prob") -> xr.DataArray:
-        """(source, edit): the strength with the highest mean; ties go to the smaller. Choose on other prompts."""
-        means = (self.values if by == "log_prob" else self.right).mean("example")
+    def best(
+        self, by: Literal["log_prob", "right"] = "log_prob", *, folds: int | None = None, seed: int = 0
+    ) -> xr.DataArray:
+        """(source, edit): the strength with the highest mean; ties go to the smaller.
+
+        Choose on other prompts than are reported on: on other results, or with `folds`, which gives every example the
+        strength that is best on the groups of the other folds, (source, edit, example).
+        """
+        scores = self.values if by == "log_prob" else self.right
+        if folds is None:
+            return self._highest(scores)
+        names, place = np.unique(self.values["group"].values, return_inverse=True)
+        if not 2 <= folds <= len(names):
+            raise ValueError(f"folds={folds}; expected 2 to {len(names)}, the number of groups of examples")
+        fold = (np.random.default_rng(seed).permutation(len(names)) % folds)[place]
+        chosen = [self._highest(scores.isel(example=fold != number)) for number in range(folds)]
+        found = np.stack([chosen[number].values for number in fold], -1)
+        coords = {name: self.values[name].values for name in ("source", "edit", "example")}
+        return labelled(found, ("source", "edit", "example"), coords)
+
+    @staticmethod
+    def _highest(scores: xr.DataArray) -> xr.DataArray:
+        means = scores.mean("example")
         found = means["strength"].values[means.argmax("strength").values]
         return labelled(found, ("source", "edit"), {name: means[name].values for name in ("source", "edit")})
 
@@ -71,7 +91,7 @@ class ConceptSteering(Result):
         answers, each with its interval over groups of examples, the divergence, and the share steered.
 
         Args:
-            strengths: One strength by source and edit, such as `best()` of other prompts; all by default.
+            strengths: From `best`: one by source and edit, or one for each example; all that were run by default.
             against: A (source, edit) to compare with, paired: adds `minus`, `minus_low` and `minus_high` (nats); at its
                 own strength where `strengths` are given, else at the same one.
         """
@@ -79,17 +99,16 @@ class ConceptSteering(Result):
 
         rows = []
         for source, edit, strength in self._cells(strengths):
-            here = {"source": source, "edit": edit, "strength": strength}
-            log_prob, right, kl = (array.sel(here).values for array in (self.values, self.right, self.kl))
+            log_prob, right, kl = (self._at(a, source, edit, strength) for a in (self.values, self.right, self.kl))
             gain = self._interval(log_prob - self.baseline.values, level, n_resamples, seed)
             share = self._interval(right, level, n_resamples, seed)
-            row = {**here, "gain": float(gain.estimate), "gain_low": float(gain.low), "gain_high": float(gain.high)}
-            row |= {"right": float(share.estimate), "right_low": float(share.low), "right_high": float(share.high)}
-            row |= {"kl": float(kl.mean()), "steered": float(self.steered.sel(source=source).mean())}
+            row = {"source": source, "edit": edit, "strength": float(np.mean(strength)), "gain": float(gain.estimate)}
+            row |= {"gain_low": float(gain.low), "gain_high": float(gain.high), "right": float(share.estimate)}
+            row |= {"right_low": float(share.low), "right_high": float(share.high), "kl": float(kl.mean())}
+            row["steered"] = float(self.steered.sel(source=source).mean())
             if against is not None:
-                other = strength if strengths is None else float(strengths.sel(source=against[0], edit=against[1]))
-                base = self.values.sel(source=against[0], edit=against[1], strength=other).values
-                gap = self._interval(log_prob - base, level, n_resamples, seed)
+                other = strength if strengths is None else self._chosen(strengths, *against)
+                gap = self._interval(log_prob - self._at(self.values, *against, other), level, n_resamples, seed)
                 row |= {"minus": float(gap.estimate), "minus_low": float(gap.low), "minus_high": float(gap.high)}
             rows.append(row)
         return pd.DataFrame(rows)
@@ -107,16 +126,27 @@ class ConceptSteering(Result):
             x_title="strength" if x == "strength" else "KL from the unsteered model (nats)",
         )  # fmt: skip
 
-    def _cells(self, strengths: xr.DataArray | None) -> list[tuple[str, str, float]]:
-        kept = []
+    def _cells(self, strengths: xr.DataArray | None) -> list[tuple[str, str, np.ndarray]]:
+        """Sources, edits and the strength of each: one for all examples, or one each."""
+        known, kept = self.values["strength"].values, []
         for source in map(str, self.values["source"].values):
             for edit in map(str, self.values["edit"].values):
-                known = self.values["strength"].values
-                wanted = known if strengths is None else [float(strengths.sel(source=source, edit=edit))]
-                if not np.isin(np.asarray(wanted, known.dtype), known).all():
-                    raise KeyError(f"strength {float(wanted[0])} of {edit!r} was not run; there are {known.tolist()}")
-                kept += [(source, edit, float(strength)) for strength in wanted]
+                wanted = known if strengths is None else [self._chosen(strengths, source, edit)]
+                if not np.isin(np.asarray(wanted, known.dtype), known.astype(np.float32)).all():
+                    raise KeyError(f"strength {wanted[0]} of {edit!r} was not run; there are {known.tolist()}")
+                kept += [(source, edit, np.asarray(strength)) for strength in wanted]
         return kept
+
+    def _chosen(self, strengths: xr.DataArray, source: str, edit: str) -> np.ndarray:
+        here = strengths.sel(source=source, edit=edit)
+        return (here.sel(example=self.values["example"].values) if "example" in here.dims else here).values
+
+    def _at(self, array: xr.DataArray, source: str, edit: str, strength: np.ndarray) -> np.ndarray:
+        """[example], at the strength given."""
+        here = array.sel(source=source, edit=edit).transpose("strength", "example").values
+        known = self.values["strength"].values.astype(np.float32)
+        row = (known[:, None] == np.atleast_1d(strength).astype(np.float32)).argmax(0)
+        return here[row, np.arange(here.shape[1])]
 
     def _interval(self, values: np.ndarray, level: float, n_resamples: int, seed: int) -> Interval:
         """Of the mean over examples, whole groups resampled."""

@@ -178,8 +178,9 @@ def head_polysemanticity(
     A head with ten latents serves several groups by mere chance, so the count is set beside two nulls. Shuffled labels
     keep each head's number of labelled latents and ask whether heads sort latents by what they are about at all (fewer
     groups than the null), or spread them. Rotated coordinates keep every latent, its label and the angles between
-    decoder rows, and ask whether *heads* do better than other subspaces of their size. (Random latents would not do
-    for a null: hardly any of them has a label.)
+    decoder rows, and ask whether *heads* do better than other subspaces of their size; how many labelled latents a
+    subspace gets is free there, so read `"labelled"` beside `"groups"`. (Random latents would not do for a null: few of
+    them have a label.)
 
     Args:
         dictionary: It reads and rebuilds `hook_z` flattened over heads.
@@ -247,7 +248,8 @@ def head_polysemanticity(
     return HeadPolysemanticity(
         labelled(values, tuple(axes), axes, unit="count"),
         record,
-        *(labelled(bound, tuple(axes), axes, unit="count") for bound in bounds),
+        labelled(bounds[0], tuple(axes), axes, unit="count"),
+        labelled(bounds[1], tuple(axes), axes, unit="count"),
         labelled(null, ("null", "quantity", "draw", "head"), {"null": list(get_args(Null)), **axes}, unit="count"),
         xr.DataArray(chosen, dims=("head", "rank"), coords=ranks),
         labelled(shares, ("head", "rank"), ranks, unit="share"),

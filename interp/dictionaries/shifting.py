@@ -92,7 +92,7 @@ class Shift(Result):
         frame, parts = self.summary(level=level), []
         for score in SCORES:
             columns = {score: "value", f"{score}, low": "low", f"{score}, high": "high"}
-            parts.append(frame[["arm", *columns]].rename(columns=columns).assign(score=score))
+            parts.append(frame.loc[:, ["arm", *columns]].rename(columns=columns).assign(score=score))
         return bars(
             pd.concat(parts), x="arm", group="score", interval=("low", "high"), reference=0.5,
             title="A classifier before and after spurious latents are off", unit="share of balanced texts", x_title="",
@@ -110,7 +110,7 @@ class Shift(Result):
     def _resampled(self, said: np.ndarray, n: int, rng: np.random.Generator) -> dict[str, np.ndarray]:
         """Scores with texts resampled within each group, the same texts for every draw of a control."""
         right, cue = said == self.intended.values, said == self.spurious.values
-        total, on_cue, worst = 0.0, 0.0, []
+        total, on_cue, worst = np.zeros(n), np.zeros(n), []
         for group in self._groups():
             size = int(group.sum())
             weight = rng.multinomial(size, np.full(size, 1 / size), size=n) / size  # [resample, text]
@@ -118,7 +118,8 @@ class Shift(Result):
             worst.append(shares)
             total = total + shares.mean(0) * size / said.shape[1]
             on_cue = on_cue + (cue[:, group] @ weight.T).mean(0) * size / said.shape[1]
-        return dict(zip(SCORES, (total, np.min(worst, 0).mean(0), on_cue), strict=True))
+        found: tuple[np.ndarray, ...] = (total, np.min(worst, 0).mean(0), on_cue)
+        return dict(zip(SCORES, found, strict=True))
 
 
 def shift(

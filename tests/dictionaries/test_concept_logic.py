@@ -345,6 +345,23 @@ def test_several_sets_are_pooled_and_summarised(tmp_path: Path) -> None:
         table.xs(("derived", "set"))["gain"].max(), abs=1e-6
     )  # fmt: skip
     assert float(best.sel(source="none", edit="set")) == 0.5  # a tie: the smallest
+    held = both.best(folds=2, seed=1)
+    per_example = held.sel(source="derived", edit="set")
+    for group in (0, 1):  # two groups, a fold each: the strength is the best of the other
+        other = both.select(both.values["group"].values != group).best()
+        mine = per_example.values[both.values["group"].values == group]
+        assert (mine == float(other.sel(source="derived", edit="set"))).all()
+    row = both.summary(held).set_index(["source", "edit"]).sort_index().loc[("derived", "set")]
+    picked = [
+        float(both.values.sel(source="derived", edit="set", strength=float(s), example=i) - both.baseline[i])
+        for i, s in enumerate(per_example.values)
+    ]
+    assert row["gain"] == pytest.approx(np.mean(picked), abs=1e-5)
+    assert row["gain"] <= chosen.loc[("derived", "set"), "gain"] + 1e-6
+    some = both.select([1, 4, 6]).summary(held).set_index(["source", "edit"]).sort_index()
+    assert some.loc[("derived", "set"), "gain"] == pytest.approx(np.mean([picked[i] for i in (1, 4, 6)]), abs=1e-5)
+    with pytest.raises(ValueError, match="folds=3; expected 2 to 2"):
+        both.best(folds=3)
     few = both.select(both.baseline_right.values == 0)
     assert few.values.sizes["example"] == int((both.baseline_right == 0).sum())
     again = ConceptSteering.load(both.save(tmp_path / "steering.nc"))
