@@ -13,7 +13,13 @@ import interp
 from interp.patching import PoorApproximation, UnstableCircuit
 
 README = Path(interp.__file__).resolve().parents[1] / "README.md"
-RUNS = ("Ten lines", "Every effect from one backward pass, and how far to trust it", "Circuits", "Facts")
+RUNS = (
+    "Ten lines",
+    "Every effect from one backward pass, and how far to trust it",
+    "Circuits",
+    "Feature circuits",
+    "Facts",
+)
 
 
 def blocks() -> dict[str, list[str]]:

@@ -81,7 +81,7 @@ def paths(found: RecursiveAttribution, k: int, example: int | None) -> pd.DataFr
     spots = ["example", "depth", "node", "component", "latent", "src", "token"]
     leaves = rows.loc[~rows["split"].to_numpy(dtype=bool)]
     main = leaves.loc[leaves["contribution"].abs().groupby([leaves[spot] for spot in spots], sort=False).idxmax()]
-    summed = leaves.groupby(spots, sort=False)[["contribution"]].sum().reset_index()
+    summed = leaves.groupby(spots, sort=False).agg({"contribution": "sum"}).reset_index()
     summed["head"] = main["head"].values
     order = summed["contribution"].abs().sort_values(ascending=False, kind="stable").index[:k]
     chosen = summed.loc[order].reset_index(drop=True)

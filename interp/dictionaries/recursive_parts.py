@@ -92,7 +92,7 @@ class RecursiveAttribution(Result):
         over |= {"src"} if "example" in over else set()
         over |= {"node", "depth"} if "path" in over else set()
         columns = [name for name in self.to_dataframe().columns if name not in over | {"contribution", "split"}]
-        summed = self.leaves().groupby(columns, sort=False)[["contribution"]].sum().reset_index()
+        summed = self.leaves().groupby(columns, sort=False).agg({"contribution": "sum"}).reset_index()
         size = {"abs": -summed["contribution"].abs(), "max": -summed["contribution"], "min": summed["contribution"]}[by]
         return summed.loc[size.sort_values(kind="stable").index[:k]].reset_index(drop=True)
 
@@ -100,9 +100,9 @@ class RecursiveAttribution(Result):
         """Per example and kind of term: signed sum, and the sum of sizes after heads are added up."""
         found = self.leaves()
         spots = ["example", "kind", "component", "latent", "src"]
-        joined = found.groupby(spots, sort=False)[["contribution"]].sum().reset_index()
+        joined = found.groupby(spots, sort=False).agg({"contribution": "sum"}).reset_index()
         joined["size"] = joined["contribution"].abs()
-        return joined.groupby(["example", "kind"], sort=False)[["contribution", "size"]].sum().reset_index()
+        return joined.groupby(["example", "kind"], sort=False).agg({"contribution": "sum", "size": "sum"}).reset_index()
 
     def gap(self) -> xr.DataArray:
         """Sum of all rows that were not split plus bias less pre-activation, (example)."""

@@ -22,6 +22,11 @@ from interp.patching.edit_effects import EditEffects, edit_sweep
 from interp.patching.editing import RankOneEdits, edited_weights, fit_edits
 from interp.patching.effects import Effects
 from interp.patching.faithfulness_curves import FaithfulnessCurve
+from interp.patching.feature_attribution import feature_effects
+from interp.patching.feature_circuits import FeatureCircuit, select_features
+from interp.patching.feature_evaluation import FeatureCurve, feature_faithfulness
+from interp.patching.feature_links import FeatureEdges, feature_edges
+from interp.patching.feature_scores import FeatureEffects
 from interp.patching.graph import Graph, graph_of
 from interp.patching.knockout import attention_knockout
 from interp.patching.knockout_result import Knockout
@@ -35,12 +40,14 @@ from interp.patching.tables import agreement_table
 from interp.patching.verification import PoorApproximation, Verification, verify
 
 __all__ = [
-    "PRESETS", "Agreement", "Circuit", "CircuitStability", "Conservation", "CrossLayerEffects", "EdgeEffects",
-    "EdgeScores", "EditEffects", "Effects", "FaithfulnessCurve", "Graph", "Knockout", "LatentEffects", "LayerMaps",
-    "LocalisationScore", "Minimality", "MissBound", "PoorApproximation", "RankOneEdits", "Rules", "StoredCircuit",
-    "UnstableCircuit", "UnsupportedModule", "Verification", "activation_patch", "agreement", "agreement_table",
-    "attention_knockout", "attribution_patch", "backward_rules", "causal_trace", "circuit_auroc",
-    "circuit_stability", "conservation", "cross_layer_patch", "edge_attribution", "edit_sweep", "edited_weights",
-    "faithfulness", "fit_edits", "fit_layer_maps", "graph_of", "load_circuit", "minimality", "miss_bound",
-    "path_patch", "rule_coverage", "save_circuit", "score_localisation", "select_circuit", "token_groups", "verify",
+    "Agreement", "Circuit", "CircuitStability", "Conservation", "CrossLayerEffects", "EdgeEffects", "EdgeScores",
+    "EditEffects", "Effects", "FaithfulnessCurve", "FeatureCircuit", "FeatureCurve", "FeatureEdges",
+    "FeatureEffects", "Graph", "Knockout", "LatentEffects", "LayerMaps", "LocalisationScore", "Minimality",
+    "MissBound", "PRESETS", "PoorApproximation", "RankOneEdits", "Rules", "StoredCircuit", "UnstableCircuit",
+    "UnsupportedModule", "Verification", "activation_patch", "agreement", "agreement_table", "attention_knockout",
+    "attribution_patch", "backward_rules", "causal_trace", "circuit_auroc", "circuit_stability", "conservation",
+    "cross_layer_patch", "edge_attribution", "edit_sweep", "edited_weights", "faithfulness", "feature_edges",
+    "feature_effects", "feature_faithfulness", "fit_edits", "fit_layer_maps", "graph_of", "load_circuit",
+    "minimality", "miss_bound", "path_patch", "rule_coverage", "save_circuit", "score_localisation",
+    "select_circuit", "select_features", "token_groups", "verify",
 ]  # fmt: skip

@@ -89,23 +89,24 @@ class Runner:
         rows: Tensor,
         drops: AbstractContextManager[Any] | None = None,
         extra: Sequence[str] = (),
+        layer: int = 0,
     ) -> Graph:
-        """With a graph that begins at the stream entering block 0: of token ids, or of such streams."""
+        """With a graph that begins at the first of the keys: of token ids, or of streams that enter block `layer`."""
         with self._watched(drops or nullcontext()) as (taps, reads), hooks.reads(self.bridge, extra) as also:
-            logits = self._logits(start.to(self.device), rows)
+            logits = self._logits(start.to(self.device), rows, layer)
         kept = {key: reads.get(key, tap).detach() for key, tap in taps.items()}
         scores = self._score(logits, rows)
         if not scores.requires_grad:
             raise ValueError(no_gradient(metric_name(self.reader.metric)))
         return Graph(taps, kept, logits, scores, {name: tensor.detach() for name, tensor in also.items()})
 
-    def _logits(self, start: Tensor, rows: Tensor) -> Tensor:
+    def _logits(self, start: Tensor, rows: Tensor, layer: int = 0) -> Tensor:
         options: dict[str, Any] = {"use_cache": False}
         where = torch.empty(0)
         if self.reader.read is not None:  # unembed only what is read
             options["logits_to_keep"], where = self.reader.read_of(rows).to(self.device).unique(return_inverse=True)
         if start.is_floating_point():
-            logits = hooks.run_from(self.bridge, start, 0, **options)
+            logits = hooks.run_from(self.bridge, start, layer, **options)
         else:
             logits = self.bridge(start, **options)
         return logits if self.reader.read is None else logits[torch.arange(len(logits), device=self.device), where]

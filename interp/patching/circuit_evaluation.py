@@ -121,10 +121,10 @@ def faithfulness(
         about,
         labelled(ran.base, ["example"], by_example, unit=unit),
         labelled(empty, ["example"], by_example, unit=unit),
-        edges,
         metric_name(metric),
         ablation,
         of,
+        edges,
     )
 
 

@@ -3,52 +3,40 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import xarray as xr
 
-from interp.patching._cells import choice
+from interp.patching._size_curves import SizeCurve
 from interp.patching.circuits import Circuit
 from interp.patching.graph import Graph
-from interp.results import Result, interval_arrays
-from interp.stats import Interval, ratio_interval
 
 if TYPE_CHECKING:
     import pandas as pd
 
-Axis: TypeAlias = Literal["linear", "log"]
-
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FaithfulnessCurve(Result):
-    """The metric of circuits, `values` (circuit, example), in its own unit, and the faithfulness that follows.
+class FaithfulnessCurve(SizeCurve):
+    """The metric of circuits of edges, `values` (circuit, example), in its own unit, and the faithfulness that follows.
 
-    f(C) = (m(C) - m(empty)) / (m(model) - m(empty)), with means over examples in numerator and denominator: 1 is as
-    good as the whole model, 0 as good as no circuit. It is not a share of anything: f is above 1 where what was ablated
-    worked against the answer, and below 0 where the circuit does. For a metric that the model makes small, such as a
-    divergence, numerator and denominator are both negative. A ratio of means is not the mean of ratios: single examples
-    whose denominator is small do not count for more.
+    f(C) = (m(C) - m(empty)) / (m(model) - m(empty)) as a ratio of means over examples: 1 is as good as the whole model,
+    0 as good as no circuit. See `faithfulness` for how circuits are run.
 
-    The coordinates of `circuit` are labels; along it lie `share`, the size that was asked for as a share of the graph's
-    edges, and `n_edges`, the edges there really are (fewer after pruning).
+    Along `circuit` lie `share`, the size that was asked for as a share of the graph's edges, and `n_edges`, the edges
+    there really are (fewer after pruning).
 
     Attributes:
         model: The metric of the whole model on the clean prompts, by example.
         empty: The metric with every edge ablated, by example.
-        edges: The circuits, Bool (circuit, writer, reader).
         metric: Name of the metric; its unit is `values.attrs["unit"]`.
         ablation: What ablated edges carry.
         of: `"circuit"`: the edges outside of each circuit were ablated; `"complement"`: those in it were.
+        edges: The circuits, Bool (circuit, writer, reader).
     """
 
-    model: xr.DataArray
-    empty: xr.DataArray
     edges: xr.DataArray
-    metric: str
-    ablation: str
-    of: str
 
     @property
     def graph(self) -> Graph:
@@ -59,66 +47,6 @@ class FaithfulnessCurve(Result):
     def circuits(self) -> list[Circuit]:
         """The circuits, in order."""
         return [Circuit(self.graph, torch.tensor(mask)) for mask in self.edges.values]
-
-    def faithfulness(self) -> xr.DataArray:
-        """f of every circuit. Raises ValueError where the whole model is just as good as the empty circuit."""
-        return self.interval(n_resamples=1)["estimate"]
-
-    def interval(self, level: float = 0.95, *, n_resamples: int = 2000, seed: int = 0) -> xr.Dataset:
-        """f of every circuit with its bootstrap interval over examples: `estimate`, `low` and `high`."""
-        found = ratio_interval(
-            *self._gains(), confidence=level, n_resamples=n_resamples, seed=seed
-        )  # all circuits share the resamples
-        template = self.values.isel(example=0, drop=True)
-        return interval_arrays(found, template, unit="f", level=level)
-
-    def cpr(self, axis: Axis = "linear", *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
-        """Integral of f over size (circuit performance ratio), with its bootstrap interval; larger is better.
-
-        It rewards circuits that do better than the model (f > 1), which says that they leave out what works against the
-        answer, not that they explain the model. MIB ranks edges with their sign for it (`absolute=False`) and by
-        magnitude for `cmd`: two sets of circuits, of which leaderboards have mixed up the one with the other.
-
-        Args:
-            axis: `"linear"` integrates over the share of edges from the smallest circuit to the largest, as MIB does:
-                all sizes up to a tenth then make up a tenth of it. `"log"` integrates over the logarithm of the share
-                and divides by its range, so that every order of magnitude counts alike: a mean of f.
-
-        Source:
-            Mueller et al. 2025 (arXiv:2504.13151), trapezoids at the sizes asked for. Intervals and the division on the
-            logarithmic axis are ours.
-        """
-        return self._area(lambda f: f, axis, level, n_resamples, seed)
-
-    def cmd(self, axis: Axis = "linear", *, level: float = 0.95, n_resamples: int = 2000, seed: int = 0) -> Interval:
-        """Integral of |1 - f| over size (circuit-model distance), with its bootstrap interval; 0 is best.
-
-        Args and source as for `cpr`. Noise in f can only add to it: with few examples it is too large, and its interval
-        can lie above the estimate.
-        """
-        return self._area(lambda f: np.abs(1 - f), axis, level, n_resamples, seed)
-
-    def smallest(self, f: float | int = 0.9) -> float:
-        """The smallest share of edges at which a circuit is at least this faithful; NaN if none is.
-
-        f need not rise with size: a larger circuit may fall below it again.
-        """
-        enough = self.values["share"].values[self.faithfulness().values >= f]
-        return float(enough.min()) if len(enough) else float("nan")
-
-    def summary(self, level: float = 0.95) -> pd.DataFrame:
-        """One row for each of `cpr`, `cmd`, `cpr_log`, `cmd_log` with `estimate`, `low` and `high`, and one for
-        `smallest_at_0.9`. None of them says enough alone."""
-        import pandas as pd
-
-        rows: list[tuple[Any, ...]] = []
-        for name, area in (("cpr", self.cpr), ("cmd", self.cmd)):
-            rows += [
-                (name, *map(float, area("linear", level=level))),
-                (f"{name}_log", *map(float, area("log", level=level))),
-            ]
-        rows.append(("smallest_at_0.9", self.smallest(0.9), np.nan, np.nan))
-        return pd.DataFrame(rows, columns=["statistic", "estimate", "low", "high"])
 
     def to_dataframe(self) -> pd.DataFrame:
         """One row per circuit: `circuit`, `share`, `n_edges`, the mean `metric`, and `f` with bounds `low`, `high`."""
@@ -154,38 +82,3 @@ class FaithfulnessCurve(Result):
             f"empty circuit {float(self.empty.mean()):.3g}, at share of edges {points}; "
             f"{self.provenance.get('model', 'unknown model')})"
         )
-
-    def _gains(self) -> tuple[np.ndarray, np.ndarray]:
-        """Numerators (circuit, example) and denominators (example) of f."""
-        whole = (self.model - self.empty).values.astype(float)
-        if whole.mean() == 0:
-            raise ValueError(
-                f"the metric is {float(self.model.mean()):.4g} on average both for the model and the empty circuit, "
-                "so faithfulness is undefined; use prompts or a metric that tell the two apart, or another ablation"
-            )
-        return (self.values.transpose("circuit", "example") - self.empty).values.astype(float), whole
-
-    def _area(self, height: Any, axis: Axis, level: float, n_resamples: int, seed: int) -> Interval:
-        choice("axis", axis, ("linear", "log"))
-        if self.of != "circuit":
-            raise ValueError(
-                "CPR and CMD are integrals over circuits of growing size, but these are complements of them"
-            )
-        x = self.values["share"].values.astype(float)
-        if len(x) < 2 or (np.diff(x) <= 0).any() or (axis == "log" and x[0] <= 0):
-            raise ValueError(
-                f"the circuits have shares {[round(float(s), 4) for s in x[:12]]}; an integral over size needs at "
-                "least two, rising, and above 0 for axis='log'"
-            )
-        if axis == "log":
-            x = np.log(x) / np.log(x[-1] / x[0])
-        gains, whole = self._gains()
-        n = len(whole)
-        estimate = np.trapezoid(height(gains.mean(1) / whole.mean()), x)
-        if n == 1:
-            return Interval(np.asarray(estimate), np.asarray(np.nan), np.asarray(np.nan))
-        weights = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=n_resamples).T / n
-        below = whole @ weights
-        draws = np.trapezoid(height((gains @ weights) / np.where(below == 0, np.nan, below)).T, x)
-        low, high = np.nanquantile(draws, [(1 - level) / 2, (1 + level) / 2])
-        return Interval(np.asarray(estimate), np.asarray(low), np.asarray(high))

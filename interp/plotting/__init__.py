@@ -9,6 +9,7 @@ from interp.plotting.attention import MAX_PATTERN, AttentionView, attention_view
 from interp.plotting.browser import find_browser
 from interp.plotting.circuits import circuit_graph
 from interp.plotting.export import PNG, SavedPNG, png_bytes, save_html, save_png
+from interp.plotting.feature_circuits import feature_graph
 from interp.plotting.heatmaps import heatmap, heatmaps, layer_head, layer_position
 from interp.plotting.scatter import scatter
 from interp.plotting.series import bars, lines
@@ -30,6 +31,7 @@ __all__ = [
     "bars",
     "circuit_graph",
     "coloured_text",
+    "feature_graph",
     "find_browser",
     "heatmap",
     "heatmaps",
