@@ -113,6 +113,22 @@ class Split:
         rows = max(1, self.memory_budget // 2 // each)
         return list(torch.arange(n_rows).split(min(rows, self.batch_size or rows)))
 
+    def rows_at_once(self, row_bytes: int, what: str, fewer: str) -> int:
+        """Most rows (circuits x examples) of a pass, of which half of the budget holds the activations.
+
+        Raises ValueError, with `what` is done and `fewer` of what to pass, if it does not hold the smallest pass.
+        """
+        least = self.reader.n_examples if self.reader.whole else 1
+        if (needed := 2 * least * row_bytes) > self.memory_budget:
+            raise ValueError(
+                f"memory_budget={self.memory_budget:,} bytes is too small to {what}: about {needed:,} are needed for "
+                f"{least} example{'s, as this metric has no .select' if least > 1 else ''}; raise it, or pass {fewer}"
+            )
+        rows = self.memory_budget // 2 // row_bytes
+        if self.device.type == "cpu":
+            rows = min(rows, -(-_CPU_TOKENS // self.n_pos))
+        return max(least, min(rows, self.batch_size or rows))
+
     def check_backward(self, row_bytes: int, advice: str = "") -> None:
         """Raise unless the smallest batch of a backward pass fits."""
         least = self.reader.n_examples if self.reader.whole else 1

@@ -24,8 +24,6 @@ Ablation: TypeAlias = Literal["swap", "mean", "zero", "resample"]
 """What replaced edges carry: what the other run has there on the same example, its mean over examples position by
 position, nothing, or what it has on another example."""
 
-_CPU_TOKENS = 1024  # as in _batches: a CPU gains nothing from more
-
 
 @dataclass(frozen=True)
 class Ran:
@@ -93,21 +91,11 @@ def run_replaced(
 
 
 def _rows(split: Split, wiring: Wiring) -> int:
-    """Most rows (circuits x examples) of a pass: half of the budget holds it."""
+    """Most rows (circuits x examples) of a pass."""
     g, graph = split.geometry, wiring.graph
     kept = 2 * len(graph.writers) + 2 * g.n_layers + 6 * g.n_heads  # vectors per position: written, reads, inputs
     each = split.row_bytes(split.n_pos, split.n_pos) + split.item * split.n_pos * g.d_model * kept
-    least = split.reader.n_examples if split.reader.whole else 1
-    if (needed := 2 * least * each) > split.memory_budget:
-        raise ValueError(
-            f"memory_budget={split.memory_budget:,} bytes is too small to replace edges: about {needed:,} are needed "
-            f"for {least} example{'s, as this metric has no .select' if least > 1 else ''}; raise it, or pass fewer "
-            "prompts"
-        )
-    rows = split.memory_budget // 2 // each
-    if split.device.type == "cpu":
-        rows = min(rows, -(-_CPU_TOKENS // split.n_pos))
-    return max(least, min(rows, split.batch_size or rows))
+    return split.rows_at_once(each, "replace edges", "fewer prompts")
 
 
 def _source(

@@ -26,8 +26,6 @@ example of it, or nothing."""
 GoesIn: TypeAlias = dict[str, tuple[Tensor, Tensor | None]]
 """Latents and activations that go in, by the hook that is rebuilt; no activation where there is no error to put in."""
 
-_CPU_TOKENS = 1024  # as in _batches: a CPU gains nothing from more
-
 
 @dataclass(frozen=True)
 class AblatedRuns:
@@ -123,21 +121,11 @@ class AblatedRuns:
         }  # fmt: skip
 
     def _rows(self) -> int:
-        """Most rows (circuits x examples) of a pass: half of the budget holds it."""
+        """Most rows (circuits x examples) of a pass."""
         split = self.split
         kept = sum(5 * int(place.dictionary.n_latents) + 6 * place.width for place in self.places)
         each = split.row_bytes(split.n_pos, split.n_pos) + max(4, split.item) * split.n_pos * kept
-        least = split.reader.n_examples if split.reader.whole else 1
-        if (needed := 2 * least * each) > split.memory_budget:
-            raise ValueError(
-                f"memory_budget={split.memory_budget:,} bytes is too small to ablate features: about {needed:,} are "
-                f"needed for {least} example{'s, as this metric has no .select' if least > 1 else ''}; raise it, or "
-                "pass fewer prompts or dictionaries"
-            )
-        rows = split.memory_budget // 2 // each
-        if split.device.type == "cpu":
-            rows = min(rows, -(-_CPU_TOKENS // split.n_pos))
-        return max(least, min(rows, split.batch_size or rows))
+        return split.rows_at_once(each, "ablate features", "fewer prompts or dictionaries")
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeAlias
 
 import numpy as np
 import xarray as xr
@@ -41,6 +41,8 @@ class SizeCurve(Result):
         ablation: What ablated parts carry.
         of: `"circuit"`: what is outside of each circuit was ablated; `"complement"`: what is in it was.
     """
+
+    _size: ClassVar[tuple[str, str, str]] = ("share", "share", "circuits")  # coordinate, its title, what is measured
 
     model: xr.DataArray
     empty: xr.DataArray
@@ -134,6 +136,25 @@ class SizeCurve(Result):
             ]
         rows.append(("smallest_at_0.9", self.smallest(0.9), np.nan, np.nan))
         return pd.DataFrame(rows, columns=["statistic", "estimate", "low", "high"])
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row per circuit: `circuit`, its sizes, the mean `metric`, and `f` with bounds `low`, `high`."""
+        frame = self.interval().rename(estimate="f").to_dataframe().reset_index()
+        frame.insert(3, "metric", self.values.mean("example").values)
+        return frame
+
+    def plot(self) -> Any:
+        """Figure of f over the size, on a logarithmic axis, with its interval and a line at 1."""
+        from interp.plotting import lines
+
+        (size, x_title, measured), frame = self._size, self.to_dataframe()
+        frame = frame.loc[((frame[size] > 0) & ~frame[size].duplicated()).to_numpy()]
+        what = f"Faithfulness of {measured}" if self.of == "circuit" else "What is left without each circuit"
+        return lines(
+            frame, x=size, y="f", interval=("low", "high") if np.isfinite(frame["low"]).all() else None,
+            title=f"{what} ({self.ablation} ablation)", unit=f"faithfulness of {self.metric}",
+            x_title=x_title, reference=1.0, log_x=True,
+        )  # fmt: skip
 
     def _gains(self) -> tuple[np.ndarray, np.ndarray]:
         """Numerators (circuit, example) and denominators (example) of f."""

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import ClassVar
 
-import numpy as np
 import torch
 import xarray as xr
 
 from interp.patching._size_curves import SizeCurve
 from interp.patching.circuits import Circuit
 from interp.patching.graph import Graph
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -36,6 +32,8 @@ class FaithfulnessCurve(SizeCurve):
         edges: The circuits, Bool (circuit, writer, reader).
     """
 
+    _size: ClassVar[tuple[str, str, str]] = ("share", "share of edges", "circuits")
+
     edges: xr.DataArray
 
     @property
@@ -47,31 +45,6 @@ class FaithfulnessCurve(SizeCurve):
     def circuits(self) -> list[Circuit]:
         """The circuits, in order."""
         return [Circuit(self.graph, torch.tensor(mask)) for mask in self.edges.values]
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per circuit: `circuit`, `share`, `n_edges`, the mean `metric`, and `f` with bounds `low`, `high`."""
-        frame = self.interval().rename(estimate="f").to_dataframe().reset_index()
-        frame.insert(3, "metric", self.values.mean("example").values)
-        return frame
-
-    def plot(self) -> Any:
-        """Figure of f over the share of edges, on a logarithmic axis, with its interval and a line at 1."""
-        from interp.plotting import lines
-
-        frame = self.to_dataframe()
-        frame = frame.loc[((frame["share"] > 0) & ~frame["share"].duplicated()).to_numpy()]
-        what = "Faithfulness of circuits" if self.of == "circuit" else "What is left without each circuit"
-        return lines(
-            frame,
-            x="share",
-            y="f",
-            interval=("low", "high") if np.isfinite(frame["low"]).all() else None,
-            title=f"{what} ({self.ablation} ablation)",
-            unit=f"faithfulness of {self.metric}",
-            x_title="share of edges",
-            reference=1.0,
-            log_x=True,
-        )
 
     def __repr__(self) -> str:
         shares, means = self.values["share"].values, self.values.mean("example").values

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
+from typing import Any, ClassVar, Literal, TypeAlias, get_args
 
 import numpy as np
 import torch
@@ -27,9 +27,6 @@ from interp.patching.feature_scores import ERROR, FeatureEffects
 from interp.results import labelled
 from interp.types import Metric
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 Errors: TypeAlias = Literal["nodes", "keep", "remove"]
 
 
@@ -44,6 +41,8 @@ class FeatureCurve(SizeCurve):
         nodes: The circuits, Bool (circuit, node, pos) or (circuit, node).
         errors: What was done with errors: `"nodes"`, `"keep"` or `"remove"`.
     """
+
+    _size: ClassVar[tuple[str, str, str]] = ("n_nodes", "number of nodes", "feature circuits")
 
     nodes: xr.DataArray
     errors: str
@@ -65,25 +64,6 @@ class FeatureCurve(SizeCurve):
         """
         enough = self.values["n_nodes"].values[self.faithfulness().values >= f]
         return float(enough.min()) if len(enough) else float("nan")
-
-    def to_dataframe(self) -> pd.DataFrame:
-        """One row per circuit: `circuit`, `share`, `n_nodes`, the mean `metric`, and `f` with bounds `low`, `high`."""
-        frame = self.interval().rename(estimate="f").to_dataframe().reset_index()
-        frame.insert(3, "metric", self.values.mean("example").values)
-        return frame
-
-    def plot(self) -> Any:
-        """Figure of f over the number of nodes, on a logarithmic axis, with its interval and a line at 1."""
-        from interp.plotting import lines
-
-        frame = self.to_dataframe()
-        frame = frame.loc[((frame["n_nodes"] > 0) & ~frame["n_nodes"].duplicated()).to_numpy()]
-        what = "Faithfulness of feature circuits" if self.of == "circuit" else "What is left without each circuit"
-        return lines(
-            frame, x="n_nodes", y="f", interval=("low", "high") if np.isfinite(frame["low"]).all() else None,
-            title=f"{what} ({self.ablation} ablation)", unit=f"faithfulness of {self.metric}",
-            x_title="number of nodes", reference=1.0, log_x=True,
-        )  # fmt: skip
 
     def __repr__(self) -> str:
         counts, means = self.values["n_nodes"].values, self.values.mean("example").values

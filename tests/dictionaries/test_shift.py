@@ -147,19 +147,21 @@ def test_integrated_contributions_sum_to_the_whole(family: str) -> None:
     np.testing.assert_array_equal(plain.values.values[24:], alone.values.values)  # gradients do not pass through others
 
 
-def test_gradients_against_autograd_by_hand() -> None:
+@pytest.mark.parametrize(("method", "middle"), [("gradient", 1.0), ("ig", 0.5)])
+def test_gradients_against_differences(method: Any, middle: float) -> None:
+    """With one step the integrated gradient is that half-way between all latents off and as they are."""
     bridge, some = tiny_bridge("llama"), texts(6, 5, balanced=False)
     sae = dictionary(EARLY)
     probe = fit_text_probe(bridge, texts(40, 4, balanced=False), LATE)
-    found = attribute_probe(bridge, probe, some, [sae])
+    found = attribute_probe(bridge, probe, some, [sae], method=method, n_steps=1)
     step = 1e-2
     for latent in (int(i) for i in found.to_dataframe()["latent"].head(3)):
         margins = []
         for share in (1 + step, 1 - step):
 
             def scaled(z: Tensor, _share: float = share, _latent: int = latent) -> Tensor:
-                new = z.clone()
-                new[..., _latent] = new[..., _latent] * _share
+                new = z * middle
+                new[..., _latent] = z[..., _latent] * (middle + _share - 1)
                 return new
 
             with torch.no_grad(), spliced(bridge, sae, edit=scaled, keep=some.keep):
