@@ -147,7 +147,7 @@ def test_edges_out_of_a_node_sum_to_its_score(family: str, kind: str) -> None:
     bridge, saes = tiny_bridge(family), several(family, kind=kind)
     cases = [("gradient", "swap", "noise"), ("relp", "mean", "denoise"), ("gim", "zero", "noise"),
              ("relp_ah", "swap", "denoise")]  # fmt: skip
-    for method, value, direction in cases:
+    for method, value, direction in cases[::2] if kind == "plain" else cases[1::2]:  # each in every family
         options: Any = {"method": method, "value": value, "direction": direction}
         effects = feature_effects(bridge, P, METRIC, saes, per_position=False, **options)
         full = select_features(effects, 1.0)

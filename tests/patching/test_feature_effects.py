@@ -140,12 +140,14 @@ def test_lines_to_zero_end_at_what_the_decoder_gives_without_latents(family: str
 def test_one_left_step_is_the_gradient(family: str) -> None:
     """And with rules what they give: so the line begins at the run that is patched."""
     kind = "with input" if family == "llama" else "plain"
-    for value in ("swap", "zero", "mean"):
-        for rules, method in ((None, "gradient"), ("relp", "relp"), ("gim", PRESETS["gim"])):
-            one = scores(family, "integrated_gradients", kind, steps=1, value=value, rules=rules)
-            plain = scores(family, method, kind, value=value)
-            assert np.allclose(one.values, plain.values, atol=1e-5), (value, method)
-            assert one.nodes == plain.nodes
+    rules: list[tuple[Any, Any]] = [(None, "gradient"), ("relp", "relp"), ("gim", PRESETS["gim"])]
+    turned = list(FAMILIES).index(family)  # over the families every value meets every rule
+    for i, value in enumerate(("swap", "zero", "mean")):
+        own, method = rules[(i + turned) % 3]
+        one = scores(family, "integrated_gradients", kind, steps=1, value=value, rules=own)
+        plain = scores(family, method, kind, value=value)
+        assert np.allclose(one.values, plain.values, atol=1e-5), (value, method)
+        assert one.nodes == plain.nodes
 
 
 def test_nodes_are_those_of_the_single_methods() -> None:
